@@ -1,0 +1,1 @@
+"""Configurations, models and processors: one folder per system."""

@@ -1,0 +1,1 @@
+"""Diffusers pipelines: one module per task, one folder per system where there are several."""

@@ -1,0 +1,1 @@
+"""Pipelines of video_lavit."""
