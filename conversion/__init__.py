@@ -3,7 +3,9 @@
 - `RELEASES`: tuple of `Release`
 - `COMPONENTS`: component name -> function(config) -> `StateDictMapping`
 - `manifest_parts(stem, manifest)`: list of `ManifestPart`, for `tests/run_manifests.py`
-- `convert(checkpoints, output, *, release, original_config, keep_training_state, **options)`: writes a loadable folder
+- `convert(checkpoints, output, *, release, original_config, keep_training_state, **options)`: writes a loadable folder;
+  may return the `Release` its model card describes (needed when it was given none)
+- `card_facts(release)` (optional): template variables of its model card (see `model_cards/__init__.py`)
 - `DEFERRED_MANIFESTS` (optional): manifest stem -> why it is not checked yet
 """
 
@@ -12,6 +14,7 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .releases import Release
 
 SYSTEMS = ("vidtok", "vidtwin", "divot", "video_lavit", "seer")
 
@@ -88,16 +91,18 @@ def convert_checkpoint(
         release: name of the release the checkpoint is (see `releases()`).
         original_config: the original repository's own .yaml/.json (or an already parsed dict) instead of `release`.
         keep_training_state: also keep what only continued training needs (discriminator, logvar) in a file of its own.
-        push_to_hub: Hub id to push the folder to afterwards.
+        push_to_hub: Hub id to push the folder to afterwards. It is created as a private repository if there is none.
         options: further options of the system's converter.
 
     Returns:
         Path of the folder.
 
     Raises:
-        CheckpointError: anything missing, unexpected or of another shape; nothing is written then.
+        CheckpointError: anything missing, unexpected or of another shape, or the disk is full; nothing is left
+            behind then.
         ValueError: neither or both of `release` and `original_config` given.
     """
+    from ..model_cards import write_card
     from .checkpoints import atomic_folder
     from .original_config import read_original_config
 
@@ -108,7 +113,7 @@ def convert_checkpoint(
     known = find_release(release, system) if release is not None else None
     parsed = read_original_config(original_config) if original_config is not None else None
     with atomic_folder(output) as folder:
-        module.convert(
+        described = module.convert(
             paths,
             folder,
             release=known,
@@ -116,6 +121,9 @@ def convert_checkpoint(
             keep_training_state=keep_training_state,
             **options,
         )
+        described = described if isinstance(described, Release) else known
+        if described is not None and not (folder / "README.md").exists():
+            write_card(folder, described, model_id=push_to_hub or Path(output).name)
     if push_to_hub:
         from .hub import push_folder
 

@@ -1,6 +1,7 @@
 """Reading original checkpoints safely, loading them strictly, and writing results atomically."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -12,20 +13,33 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
-from .mapping import _shorten
+from .mapping import shorten
 
+REPORT_FILE = "conversion.json"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+_WRITE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+}
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, left_out=None):
     """Reads every tensor of a checkpoint into one flat dictionary on the CPU.
 
     Args:
         path: a .ckpt/.bin/.pt/.pth file (read with the weights-only unpickler), a .safetensors file, or a folder with
             an index (`*.index.json`) or with shards of either kind.
+        left_out: a list that receives the names of top-level entries that are not model tensors (optimizer states, step
+            counters and the like of a training checkpoint).
 
     Returns:
         dict of name -> tensor. `{"state_dict": {...}}` and `{"module": {...}}` wrappers are unwrapped and a uniform
@@ -35,17 +49,19 @@ def read_checkpoint(path):
         CheckpointError: the file is missing, truncated, holds code instead of tensors, or no tensors.
     """
     path = Path(path)
+    left_out = [] if left_out is None else left_out
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, left_out)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file or folder")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+        return _flatten(tensors, path, left_out)
     if path.suffix not in _PICKLES:
         raise CheckpointError(f"{path}: unknown checkpoint type {path.suffix!r}; expected .safetensors or {_PICKLES}")
     try:
@@ -56,19 +72,37 @@ def read_checkpoint(path):
             f"{path}: refused, because it holds more than tensors or is damaged ({reason}). Nothing was executed. Ask "
             "its author for a safetensors file, or re-save only its state dict."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable torch checkpoint ({error}); download it again") from error
-    return _flatten(loaded, path)
+    except Exception as error:  # damaged archives and pickles fail in every possible way inside the reader
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path}: not a readable torch checkpoint ({reason}); download it again") from error
+    return _flatten(loaded, path, left_out)
 
 
-def _flatten(loaded, path):
+def read_checkpoints(paths, left_out=None):
+    """Reads several files or folders as the shards of one checkpoint (see `read_checkpoint`).
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or two of them hold the same tensor.
+    """
+    tensors = {}
+    for path in paths:
+        part = read_checkpoint(path, left_out)
+        if twice := set(part) & set(tensors):
+            raise CheckpointError(f"{path}: holds tensors that another shard holds too: {shorten(twice)}")
+        tensors.update(part)
+    return tensors
+
+
+def _flatten(loaded, path, left_out):
     for wrapper in ("state_dict", "module", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            left_out += [str(name) for name in loaded if name != wrapper]
             loaded = loaded[wrapper]
             break
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    left_out += [str(name) for name in loaded if name not in tensors]
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     if all(name.startswith("module.") for name in tensors):
@@ -76,25 +110,23 @@ def _flatten(loaded, path):
     return tensors
 
 
-def _read_folder(path):
+def _read_folder(path, left_out):
     indices = sorted(path.glob("*.index.json"))
-    if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{indices[0]}: not a weight index ({error!r})") from error
-        files = [path / name for name in names]
-    else:
+    if not indices:
         files = sorted(path.glob("*.safetensors")) or sorted(p for p in path.iterdir() if p.suffix in _PICKLES)
-    if not files:
-        raise CheckpointError(f"{path}: no .safetensors or {'/'.join(_PICKLES)} file in this folder")
-    tensors = {}
-    for file in files:
-        part = read_checkpoint(file)
-        twice = set(part) & set(tensors)
-        if twice:
-            raise CheckpointError(f"{file}: holds tensors that another shard holds too: {_shorten(twice)}")
-        tensors.update(part)
+        if not files:
+            raise CheckpointError(f"{path}: no .safetensors or {'/'.join(_PICKLES)} file in this folder")
+        return read_checkpoints(files, left_out)
+    try:
+        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{indices[0]}: not a weight index ({error!r})") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{indices[0]}: names files outside its folder: {shorten(outside)}")
+    tensors = read_checkpoints([path / name for name in names], left_out)
+    if missing := set(weight_map) - set(tensors):
+        raise CheckpointError(f"{path}: the shards lack tensors that {indices[0].name} lists: {shorten(missing)}")
     return tensors
 
 
@@ -104,13 +136,13 @@ def take_prefix(state_dict, prefix):
 
 
 def check_state_dict(module, state_dict, what):
-    """Raises CheckpointError listing every missing, unexpected and wrongly shaped tensor of `state_dict` (our names)."""
+    """Raises CheckpointError listing the missing, unexpected, wrongly shaped and non-finite tensors of `state_dict`."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = []
     if missing := set(expected) - set(state_dict):
-        problems.append(f"{len(missing)} missing: {_shorten(missing)}")
+        problems.append(f"{len(missing)} missing: {shorten(missing)}")
     if unexpected := set(state_dict) - set(expected):
-        problems.append(f"{len(unexpected)} unexpected: {_shorten(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected: {shorten(unexpected)}")
     wrong = [
         f"{name} {tuple(state_dict[name].shape)} instead of {expected[name]}"
         for name in sorted(set(expected) & set(state_dict))
@@ -120,21 +152,58 @@ def check_state_dict(module, state_dict, what):
         problems.append(f"{len(wrong)} of another shape: {'; '.join(wrong[:8])}")
     bad = [name for name, value in state_dict.items() if value.is_floating_point() and not _finite(value)]
     if bad:
-        problems.append(f"{len(bad)} with NaN or infinite values: {_shorten(bad)}")
+        problems.append(f"{len(bad)} with NaN or infinite values: {shorten(bad)}")
     if problems:
         raise CheckpointError(f"{what} does not fit its configuration. Tensors " + ". Tensors ".join(problems) + ".")
 
 
 def _finite(tensor):
+    if tensor.is_meta:
+        return True
+    if tensor.element_size() == 1:  # 8-bit floats have no reductions
+        tensor = tensor.float()
     # The sum is NaN or infinite if any value is; float64 keeps large finite float32 values from overflowing.
-    return tensor.is_meta or bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
 
 
 def load_strict(module, state_dict, what):
-    """Puts `state_dict` (our names) into `module`, which may be on the meta device; anything off is a CheckpointError."""
+    """Puts `state_dict` (our names) into `module`, which may be on the meta device, or raises a CheckpointError."""
     check_state_dict(module, state_dict, what)
     module.load_state_dict(state_dict, strict=True, assign=True)
     return module
+
+
+def save_tensors(tensors, path):
+    """Writes tensors to a safetensors file; tensors that share memory are written separately.
+
+    Raises:
+        CheckpointError: the file could not be written (disk full, no permission).
+    """
+    with _write_errors(path):
+        save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, path)
+
+
+def write_report(folder, **report):
+    """Writes `conversion.json`: what was converted and what was left out, for people and for `cinetok convert`."""
+    path = Path(folder) / REPORT_FILE
+    path.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def _write_errors(path):
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); check the free space and permissions"
+        ) from error
+    except OSError as error:
+        if error.errno not in _WRITE_ERRNOS:
+            raise
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); check the free space and permissions"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -142,18 +211,19 @@ def atomic_folder(output):
     """Yields a temporary folder beside `output` that takes its place only if the block succeeds.
 
     Raises:
-        CheckpointError: `output` exists and is neither empty nor a folder.
+        CheckpointError: `output` exists and is not an empty folder, or cannot be written (disk full, permissions).
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: already exists and is not empty; choose another output folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield temporary
-        if output.is_dir():
-            output.rmdir()
-        temporary.chmod(0o755)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        try:
+            yield temporary
+            if output.is_dir():
+                output.rmdir()
+            temporary.chmod(0o755)
+            os.replace(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -80,7 +80,7 @@ def transpose(original, hf):
 
 
 def append_ones(original, hf, count):
-    """A tensor that gains (in our layout) `count` trailing axes of size 1, for example linear weights of 1x1 convolutions."""
+    """A tensor that gains (in our layout) `count` trailing axes of size 1: a linear weight of a 1x1 convolution."""
     return Convert(
         (original,),
         (hf,),
@@ -142,12 +142,12 @@ class StateDictMapping:
                 else:
                     unmatched.append(name)
         if unmatched:
-            raise CheckpointError(f"names that the mapping does not know: {_shorten(unmatched)}")
+            raise CheckpointError(f"names that the mapping does not know: {shorten(unmatched)}")
         for (_, wildcards), (rule, found) in groups.items():
             names = getattr(rule, source)
             missing = [_fill(names[i], wildcards) for i in range(len(names)) if i not in found]
             if missing:
-                raise CheckpointError(f"tensors that belong together are incomplete, missing: {_shorten(missing)}")
+                raise CheckpointError(f"tensors that belong together are incomplete, missing: {shorten(missing)}")
             converted = getattr(rule, direction)([found[i] for i in range(len(names))])
             for pattern, tensor in zip(getattr(rule, target), converted, strict=True):
                 name = _fill(pattern, wildcards)
@@ -157,7 +157,8 @@ class StateDictMapping:
         return result
 
 
-def _shorten(names, limit=8):
+def shorten(names, limit=8):
+    """The first names in order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

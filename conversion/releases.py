@@ -19,7 +19,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class License:
-    """A licence as the Hub's metadata wants it: an SPDX id, or "other" with a name and a link; `remark` goes in the card."""
+    """A licence as the Hub wants it: an SPDX id, or "other" with a name and a link. `remark` goes in the card."""
 
     id: str
     name: str = ""
