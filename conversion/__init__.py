@@ -91,7 +91,7 @@ def convert_checkpoint(
         release: name of the release the checkpoint is (see `releases()`).
         original_config: the original repository's own .yaml/.json (or an already parsed dict) instead of `release`.
         keep_training_state: also keep what only continued training needs (discriminator, logvar) in a file of its own.
-        push_to_hub: Hub id to push the folder to afterwards. It is created as a private repository if there is none.
+        push_to_hub: Hub id to push the folder to afterwards; the repository is created if there is none.
         options: further options of the system's converter.
 
     Returns:
