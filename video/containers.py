@@ -168,3 +168,21 @@ def _gif_problem(file, size):
             return f"the file is damaged: unknown block at byte {file.tell() - 1}"
         if not kind or (kind != b"\0" and not skip_sub_blocks()):
             return f"the file is cut off in or after image {images}: the trailer is missing"
+
+
+def webp_durations(path):
+    """Milliseconds every frame of an animated WebP is shown, from its ANMF chunks; empty for other files."""
+    durations = []
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+            return durations
+        position = 12
+        while position + 8 <= size:
+            file.seek(position)
+            kind, length = struct.unpack("<4sI", file.read(8))
+            if kind == b"ANMF":
+                durations.append(int.from_bytes(file.read(16)[12:15], "little"))
+            position += 8 + length + length % 2
+    return durations

@@ -10,6 +10,9 @@ from .clip import VideoClip
 from .sampling import uniform_indices
 from .sources import open_source
 
+_SEQUENTIAL_INDICES = 64  # frames up to this index are reached by decoding, later ones by seeking
+_SEEK_GAP = 4.0  # seconds without a wanted frame from which on seeking pays
+
 
 def read_video(
     path,
@@ -175,8 +178,8 @@ class _Request:
         return self.indices is None and not bounded
 
     def _walk(self):
-        """All frames of the source; at its end, what the source noticed."""
-        yield from self.source.frames()
+        """The frames of the source from about `start` on; at its end, what the source noticed."""
+        yield from self.source.frames(self.start)
         if self.source.problem:
             self.lacking(self.source.problem)
 
@@ -203,68 +206,115 @@ class _Request:
         return min(self.source.tick, 0.25 / self.source.fps) + 1e-6
 
     def _by_rate(self):
-        step, count, limit = 1 / float(self.fps), 0, self.num_frames
-        held, reached = None, 0.0
+        """The frame on screen at start + k / fps, for every k whose interval lies at least half inside the range: as
+        many frames as the range lasts, rounded."""
+        step, limit = 1 / float(self.fps), self.num_frames
+        end = math.inf if self.end is None else self.end
+        held, reached, count = None, 0.0, 0
+        waiting = []  # chosen, but their interval is not yet known to lie in the video
 
-        def due(count):
-            time = self.start + count * step
-            return time if (limit is None or count < limit) and (self.end is None or time < self.end - 1e-6) else None
+        def due(time):
+            in_range = time + step / 2 <= end + 1e-6 or count == 0
+            return in_range and (limit is None or count < limit)
 
         for frame in self._walk():
             pixels = None
-            while held is not None and (time := due(count)) is not None and time < frame.time - self._slack:
+            while held is not None and due(time := self.start + count * step) and time < frame.time - self._slack:
                 pixels = self._finish(held) if pixels is None else pixels
+                waiting.append((time, pixels))
+                count += 1
+            held, reached = frame, frame.time + frame.duration
+            while waiting and waiting[0][0] + step / 2 <= reached + 1e-6:
+                yield waiting.pop(0)
+            if not waiting and not due(self.start + count * step):
+                return
+        pixels = None
+        while held is not None and due(time := self.start + count * step) and time < reached - self._slack:
+            pixels = self._finish(held) if pixels is None else pixels
+            waiting.append((time, pixels))
+            count += 1
+        count -= len(waiting)
+        for time, pixels in waiting:
+            if time + step / 2 <= reached + self._slack or count == 0:
                 yield time, pixels
                 count += 1
-            if due(count) is None:
-                return
-            held, reached = frame, frame.time + frame.duration
-        pixels = None
-        while held is not None and (time := due(count)) is not None and time < reached - self._slack:
-            pixels = self._finish(held) if pixels is None else pixels
-            yield time, pixels
-            count += 1
         if limit is not None and count < limit:
             self.lacking(f"only {count} came, the video ends at {reached:.3f} s")
         else:
             self._check_reached(reached)
 
     def _by_count(self):
-        # Two passes: the first counts the frames of the range without converting a pixel.
-        inside = []
-        reached = 0.0
-        for frame in self._walk():
-            if self.end is not None and frame.time >= self.end - self._slack:
-                break
-            reached = frame.time + frame.duration
-            if frame.time >= self.start - self._slack:
-                inside.append(frame.index)
+        times = self.source.timeline()
+        if times is None:  # a first pass counts the frames by decoding them, without converting a pixel
+            times, durations = [], 0.0
+            for frame in self.source.frames():
+                times.append(frame.time)
+                durations = frame.duration
+            if self.source.problem and self.end is None:
+                self.lacking(self.source.problem)
+            exact = False
         else:
-            self._check_reached(reached)
+            durations, exact = 1 / self.source.fps, True
+            if self.source.container_problem and self.end is None:
+                self.lacking(self.source.container_problem)
+        reached = times[-1] + durations if times else 0.0
+        end = math.inf if self.end is None else self.end - self._slack
+        inside = [i for i, time in enumerate(times) if self.start - self._slack <= time < end]
         if not inside:
             self.fail(f"no frames came, the video ends at {reached:.3f} s")
+        self._check_reached(reached)
         wanted = self.num_frames
         if wanted > len(inside):
             self.lacking(f"only {len(inside)} came")
             wanted = len(inside)
+        chosen = [inside[i] for i in uniform_indices(len(inside), wanted)]
         self.source.close()
         self.source = open_source(self.path, self.keep)
-        yield from self._by_index([inside[i] for i in uniform_indices(len(inside), wanted)])
+        yield from self._pick(chosen, times if exact else None)
 
     def _by_index(self, indices):
-        wanted, last = set(indices), max(indices)
-        found = {}
-        count = 0
-        for frame in self.source.frames():
-            count = frame.index + 1
-            if frame.index in wanted:
-                found[frame.index] = (frame.time, self._finish(frame))
-            if frame.index >= last:
-                break
-        missing = sorted(wanted - set(found))
+        times = None
+        if max(indices) > _SEQUENTIAL_INDICES and self.source.seekable:
+            times = self.source.timeline()
+            if times is not None and max(indices) >= len(times):
+                times = None  # decoding decides what there is
+            self.source.close()
+            self.source = open_source(self.path, self.keep)
+        yield from self._pick(indices, times)
+
+    def _pick(self, indices, times):
+        """The frames of these indices. With the `times` of all frames, stretches without wanted frames are skipped."""
+        wanted, found, count = sorted(set(indices)), {}, 0
+        problem = None
+        if times is None or not self.source.seekable:
+            runs = [(0.0, wanted)]
+        else:
+            runs = []
+            for index in wanted:
+                if runs and times[index] - times[runs[-1][1][-1]] < _SEEK_GAP:
+                    runs[-1][1].append(index)
+                else:
+                    runs.append((times[index], [index]))
+        for start, run in runs:
+            pending = set(run)
+            for frame in self.source.frames(start):
+                index = frame.index
+                if index is None:  # after a seek: known by its time
+                    index = int(np.searchsorted(times, frame.time - self._slack))
+                count = max(count, index + 1)
+                if index in pending and (times is None or abs(times[index] - frame.time) <= self._slack):
+                    found[index] = (frame.time, self._finish(frame))
+                    pending.discard(index)
+                if not pending or index > run[-1]:
+                    break
+            problem = problem or self.source.problem
+        missing = [index for index in wanted if index not in found]
         if missing:
-            because = f" ({self.source.problem})" if self.source.problem else ""
-            self.lacking(f"there are only {count} frames{because}")
+            if times is None:
+                reason = f"there are only {count} frames"
+            else:
+                reason = f"{len(missing)} of them, the first number {missing[0]}, did not come"
+            self.lacking(reason + (f" ({problem})" if problem else ""))
         for index in indices:
             if index in found:
                 yield found[index]

@@ -3,20 +3,22 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import VideoReadError
-from .containers import container_problem
+from .containers import container_problem, webp_durations
 
 FOLDER_FPS = 24.0  # of folders without the video.json that `write_video` puts there
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FOLDER_FACTS = "video.json"
+_SEEK_FROM = 2.0  # seconds: decoding a little is cheaper than seeking
 _PILLOW_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 
 # Codecs that give exactly one frame for every packet, so that packets without a frame are losses.
-_ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mjpeg", "png", "prores", "dnxhd", "ffv1", "rawvideo", "huffyuv", "gif"}
+_ONE_FRAME_PER_PACKET = set("h264 hevc vp9 av1 mjpeg png prores dnxhd ffv1 rawvideo huffyuv gif".split())
 
 
 class Frame:
@@ -64,24 +66,30 @@ class FileSource:
     """A video file read with PyAV: rotation applied, frames in presentation order, losses noticed."""
 
     def __init__(self, path, keep=False):
-        import av
-
         self.path, self.keep = path, keep
         self.problem = None
         self.container_problem = container_problem(path)
+        self._opened = False
+        self._open()
+
+    def _open(self):
+        import av
+
+        path = self.path
         try:
             self._container = av.open(str(path), metadata_errors="replace")
         except av.error.FFmpegError as error:
             reason = self.container_problem or f"not a video, or damaged beyond reading ({error.strerror})"
             raise VideoReadError(f"{path}: {reason}") from error
+        self._opened = True
         streams = [s for s in self._container.streams.video if not s.disposition & _ATTACHED_PICTURE]
         if not streams:
-            self._container.close()
             kind = "only audio" if self._container.streams.audio else "no video stream"
+            self.close()
             raise VideoReadError(f"{path}: has {kind}, no frames to read")
         self._stream = streams[0]
         if self._stream.codec_context is None:
-            self._container.close()
+            self.close()
             raise VideoReadError(f"{path}: this build of FFmpeg cannot decode its video codec")
         self._stream.thread_type = "AUTO"
         rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
@@ -90,23 +98,58 @@ class FileSource:
         self._one_to_one = self._stream.codec_context.name in _ONE_FRAME_PER_PACKET
 
     def close(self):
-        self._container.close()
+        if self._opened:
+            self._container.close()
+        self._opened = False
 
-    def frames(self):
-        """Yields every frame from the first one. Afterwards `problem` says what was lost, if anything.
+    def timeline(self):
+        """Times of all frames in presentation order (seconds since the first) from the packets alone, nothing decoded;
+        None where packets do not tell (then frames must be counted by decoding)."""
+        import av
+
+        if not self.seekable:
+            return None
+        stamps = []
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.size and not packet.is_discard:
+                    if packet.pts is None or packet.is_corrupt:
+                        return None
+                    stamps.append(packet.pts)
+            self._container.seek(0)
+        except av.error.FFmpegError:
+            return None
+        if not stamps or len(set(stamps)) != len(stamps) or len(stamps) > (self._stream.frames or len(stamps)):
+            return None
+        stamps.sort()
+        return [(stamp - stamps[0]) * self.tick for stamp in stamps]
+
+    @property
+    def seekable(self):
+        """Whether packets carry exact presentation times and seeking lands on a keyframe at or before the target."""
+        return self._one_to_one and self._container.format.name.startswith(("mov", "matroska"))
+
+    def frames(self, start=0.0):
+        """Yields the frames in presentation order. Afterwards `problem` says what was lost, if anything.
+
+        Args:
+            start: seconds since the first frame. Frames before it may be skipped; `index` is then None.
 
         Raises:
-            VideoReadError: a part cannot be decoded (unless the source was opened with `keep`).
+            VideoReadError: never for damage; with `keep` unset decoding ends at the first damaged part.
         """
         import av
 
-        stream = self._stream
-        base, index, end = None, 0, 0.0
-        packets = expected = 0
-        interlaced = False
+        if not self._opened:
+            self._open()
         losses = []
+        index, end, previous = 0, 0.0, -math.inf
+        base = None
+        packets = expected = 0
+        interlaced, skipped = False, False
+        constant_rate = self._container.format.name == "avi"  # its packets carry no presentation times
         try:
-            demuxer = self._container.demux(stream)
+            demuxer = self._container.demux(self._stream)
             while True:
                 try:
                     packet = next(demuxer)
@@ -130,33 +173,37 @@ class FileSource:
                 if losses and not self.keep:
                     break
                 for frame in decoded:
-                    time = frame.time
+                    duration = frame.duration * self.tick if frame.duration else 1 / self.fps
+                    time = index / self.fps if constant_rate else frame.time
                     if base is None:
                         base = time or 0.0
-                    time = end if time is None else time - base
-                    duration = frame.duration * self.tick if frame.duration else 1 / self.fps
-                    end = time + duration
+                    time = end if time is None or time - base <= previous else time - base
+                    previous, end = time, time + duration
                     interlaced |= frame.interlaced_frame
                     if frame.is_corrupt:
                         losses.append(f"frame {index} is damaged")
                         if not self.keep:
                             break
-                    yield Frame(index, time, duration, lambda frame=frame: _to_array(frame))
+                    yield Frame(None if skipped else index, time, duration, partial(_to_array, frame))
                     index += 1
+                if start > _SEEK_FROM and base is not None and self.seekable and not skipped and not losses:
+                    skipped, start_time = True, base + start
+                    self._container.seek(int(start_time / self.tick), stream=self._stream, backward=True)
+                    demuxer = self._container.demux(self._stream)
+            if not losses:
+                losses += self._missing(index, packets, expected, interlaced, (base or 0.0) + end, skipped)
         finally:
-            self._container.close()
-        if not losses:
-            losses += self._missing(index, packets, expected, interlaced, (base or 0.0) + end)
+            self.close()
         if self.container_problem:
             losses.insert(0, self.container_problem)
         self.problem = "; ".join(losses[:3]) + (f"; and {len(losses) - 3} more" if len(losses) > 3 else "") or None
 
-    def _missing(self, delivered, packets, expected, interlaced, end):
+    def _missing(self, delivered, packets, expected, interlaced, end, skipped):
         stream = self._stream
         mp4 = "mov" in self._container.format.name
-        if mp4 and stream.frames > packets:
+        if mp4 and stream.frames > packets and not skipped:
             return [f"it declares {stream.frames} frames, but holds {packets}"]
-        if self._one_to_one and not interlaced and delivered < expected:
+        if self._one_to_one and not interlaced and not skipped and delivered < expected:
             return [f"it holds {expected} frames, but only {delivered} can be decoded"]
         declared = None if mp4 else self._declared_end()
         if declared is not None and declared - end > max(3 / self.fps, 0.02 * declared, 0.1):
@@ -217,6 +264,7 @@ class PictureSource:
     """A still picture, or an animated one (WebP, PNG), read with Pillow. Stills last one frame at `FOLDER_FPS`."""
 
     tick = 1e-3
+    seekable = False
 
     def __init__(self, path, keep=False):
         from PIL import Image, UnidentifiedImageError
@@ -234,13 +282,17 @@ class PictureSource:
         if self._count > 1:
             self._image.seek(0)
             self._image.load()
-            duration = self._image.info.get("duration") or 0
-            self.fps = 1000 / duration if duration > 0 else FOLDER_FPS
+            durations = webp_durations(path) or [self._image.info.get("duration") or 0]
+            if sum(durations) > 0:
+                self.fps = 1000 * len(durations) / sum(durations)
 
     def close(self):
         self._image.close()
 
-    def frames(self):
+    def timeline(self):
+        return None
+
+    def frames(self, start=0.0):
         from PIL import ImageOps
 
         time, losses = 0.0, []
@@ -271,6 +323,7 @@ class FolderSource:
     """A folder of pictures of one size, in natural order of their names; the rate comes from `video.json` if present."""
 
     tick = 1e-6
+    seekable = False
 
     def __init__(self, path):
         self.path = path
@@ -296,7 +349,10 @@ class FolderSource:
     def close(self):
         pass
 
-    def frames(self):
+    def timeline(self):
+        return [index / self.fps for index in range(len(self._files))]
+
+    def frames(self, start=0.0):
         first = None
         for index, file in enumerate(self._files):
             source = PictureSource(file)

@@ -1,6 +1,7 @@
 """Writing videos: H.264 and others by suffix, GIF, animated WebP, folders of PNGs; atomic and in constant memory."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .containers import container_problem
 from .sources import FOLDER_FACTS
 
 _MAX_RATE_DENOMINATOR = 1001  # 29.97002997... becomes 30000/1001
@@ -224,8 +226,8 @@ class _FileBackend:
 
         self._path = path
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
+        os.close(handle)
         self._temporary = Path(temporary)
-        self._file = os.fdopen(handle, "w+b", buffering=1 << 20)
         self._container = None
         try:
             name = codec or form.codec
@@ -239,7 +241,7 @@ class _FileBackend:
                 pixel_format = form.pixel_format
                 if pixel_format == "yuv420p" and name in ("libx264", "libx265") and (height % 2 or width % 2):
                     pixel_format = "yuv444p"
-            self._container = av.open(self._file, "w", format=form.muxer, options=form.muxer_options)
+            self._container = av.open(str(self._temporary), "w", format=form.muxer, options=form.muxer_options)
             self._graph = None
             if name == "gif" and pixel_format == "pal8":
                 self._graph = _palette_graph(width, height, fps)
@@ -272,9 +274,11 @@ class _FileBackend:
         self._container.mux(self._stream.encode(None))
         self._container.close()
         self._container = None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with open(self._temporary, "rb+") as file:
+            os.fsync(file.fileno())  # delayed allocation: a full disk may show only now
+        problem = container_problem(self._temporary)  # FFmpeg does not report every failed write
+        if problem:
+            raise OSError(errno.EIO, f"writing failed ({problem})", str(self._path))
         os.chmod(self._temporary, 0o666 & ~_umask())
         os.replace(self._temporary, self._path)
 
@@ -282,8 +286,6 @@ class _FileBackend:
         if self._container is not None:
             with contextlib.suppress(Exception):
                 self._container.close()
-        with contextlib.suppress(Exception):
-            self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self._temporary.unlink()
 
