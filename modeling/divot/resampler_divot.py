@@ -1,0 +1,130 @@
+"""The perceiver resampler Divot uses twice: as the last stage of the tokenizer (video tokens -> 64 features) and in
+front of the de-tokenizer's U-Net (64 features -> 125 condition tokens)."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+
+class DivotPerceiverAttention(nn.Module):
+    """Learned queries attend to the input tokens and to themselves."""
+
+    def __init__(self, dim, num_heads, head_dim):
+        super().__init__()
+        self.num_heads = num_heads
+        inner_dim = num_heads * head_dim
+        self.norm_input = nn.LayerNorm(dim)
+        self.norm_latents = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner_dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner_dim, bias=False)
+        self.to_out = nn.Linear(inner_dim, dim, bias=False)
+
+    def forward(self, tokens, latents):
+        latents = self.norm_latents(latents)
+        key, value = self.to_kv(torch.cat([self.norm_input(tokens), latents], dim=1)).chunk(2, dim=-1)
+        query, key, value = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class DivotPerceiverFeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim, bias=False)
+        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, hidden_states):
+        return self.fc2(F.gelu(self.fc1(self.norm(hidden_states))))
+
+
+class DivotPerceiverLayer(nn.Module):
+    def __init__(self, dim, num_heads, head_dim):
+        super().__init__()
+        self.attention = DivotPerceiverAttention(dim, num_heads, head_dim)
+        self.feed_forward = DivotPerceiverFeedForward(dim)
+
+    def forward(self, tokens, latents):
+        latents = latents + self.attention(tokens, latents)
+        return latents + self.feed_forward(latents)
+
+
+class DivotPerceiverResampler(nn.Module):
+    """(batch, num_tokens, input_dim) -> (batch, num_queries, output_dim), for any number of input tokens."""
+
+    def __init__(self, input_dim, dim, output_dim, num_queries, num_layers, num_heads, head_dim):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, num_queries, dim) / dim**0.5)
+        self.proj_in = nn.Linear(input_dim, dim)
+        self.layers = nn.ModuleList(DivotPerceiverLayer(dim, num_heads, head_dim) for _ in range(num_layers))
+        self.proj_out = nn.Linear(dim, output_dim)
+        self.norm_out = nn.LayerNorm(output_dim)
+        self.gradient_checkpointing = False
+
+    def forward(self, tokens):
+        tokens = self.proj_in(tokens)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                latents = self._gradient_checkpointing_func(layer, tokens, latents)
+            else:
+                latents = layer(tokens, latents)
+        return self.norm_out(self.proj_out(latents))
+
+
+class DivotFeatureResampler(ModelMixin, ConfigMixin):
+    """Turns Divot features into the condition of `DivotUNet3DConditionModel`.
+
+    Args:
+        feature_dim: width of the Divot features.
+        num_features: features of one clip.
+        dim: inner width.
+        cross_attention_dim: width of the condition tokens.
+        num_queries: number of condition tokens.
+        num_layers: perceiver layers.
+        num_heads, head_dim: attention heads and their width.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DivotPerceiverLayer"]
+    _repeated_blocks = ["DivotPerceiverLayer"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        feature_dim: int = 256,
+        num_features: int = 64,
+        dim: int = 1024,
+        cross_attention_dim: int = 1024,
+        num_queries: int = 125,
+        num_layers: int = 6,
+        num_heads: int = 16,
+        head_dim: int = 64,
+    ):
+        super().__init__()
+        self.perceiver = DivotPerceiverResampler(
+            feature_dim, dim, cross_attention_dim, num_queries, num_layers, num_heads, head_dim
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features: (batch, num_features, feature_dim).
+
+        Returns:
+            Condition tokens (batch, num_queries, cross_attention_dim).
+
+        Raises:
+            ValueError: another number or width of features.
+        """
+        if features.ndim != 3 or tuple(features.shape[1:]) != (self.config.num_features, self.config.feature_dim):
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}; expected (batch, {self.config.num_features}, "
+                f"{self.config.feature_dim})"
+            )
+        return self.perceiver(features)
