@@ -29,6 +29,7 @@ _WRITE_ERRNOS = {
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
+    errno.EEXIST,
 }
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import yaml
+
 from ..errors import CheckpointError
 
 
@@ -36,8 +38,8 @@ def push_folder(folder, repo_id, *, private=None, token=None, commit_message=Non
         raise CheckpointError(f"{folder}: has no README.md; write a model card with a licence before pushing")
     try:
         card = ModelCard(readme.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{readme}: its metadata is not valid ({error})") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{readme}: its metadata is not valid ({_first_line(error)})") from error
     if not card.data.get("license"):
         raise CheckpointError(f"{readme}: its metadata states no license; add one before pushing")
     api = HfApi(token=token)

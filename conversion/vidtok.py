@@ -250,11 +250,20 @@ _NETWORK_KEYS = {
 }  # fmt: skip
 # Only these values exist in our model; every published configuration has them.
 _NETWORK_CONSTANTS = {"resamp_with_conv": True, "give_pre_end": False, "tanh_out": False, "init_pad_mode": "replicate"}
-_KL_KEYS = {"sample"}
-_FSQ_KEYS = {
-    "levels", "entropy_loss_weight", "entropy_loss_annealing_steps", "entropy_loss_annealing_factor",
-    "commitment_loss_weight", "diversity_gamma",
-}  # fmt: skip
+# The defaults are those of the original class, not of the published configurations.
+_FSQ_WEIGHTS = {
+    "entropy_loss_weight": 0.0,
+    "entropy_loss_annealing_steps": 0,
+    "entropy_loss_annealing_factor": 1.0,
+    "commitment_loss_weight": 0.0,
+}
+_FSQ_CONSTANTS = {
+    "dim": None,
+    "num_codebooks": 1,
+    "keep_num_codebooks_dim": None,
+    "scale": None,
+    "diversity_gamma": 1.0,
+}
 _ENGINE_KEYS = {
     "encoder_config", "decoder_config", "regularizer_config",
     # how it was trained or is run, not what it is
@@ -357,7 +366,7 @@ def config_from_original(original, version=None):
         temporal_interpolation="linear" if version == "1.1" and interpolation == "trilinear" else "nearest",
         **levels,
     )
-    arguments.update(_regularizer_arguments(name, regularizer, encoder["z_channels"]))
+    arguments.update(_regularizer_arguments(name, regularizer, encoder["z_channels"]), **_loss_arguments(params))
     try:
         return make_config(arguments)
     except (ValueError, TypeError) as error:
@@ -422,23 +431,37 @@ def _levels(encoder, decoder, count, is_causal):
     return {
         "spatial_downsample_levels": sorted(spatial_ds),
         "spatial_upsample_levels": sorted(spatial_us),
-        # Time is only resampled on levels that resample space.
+        # Time is only resampled on levels that resample space; the decoder still owns (unused) tensors on the others.
         "temporal_downsample_levels": sorted(get(encoder, "tempo_ds") & spatial_ds),
-        "temporal_upsample_levels": sorted(get(decoder, "tempo_us") & spatial_us),
+        "temporal_upsample_levels": sorted(get(decoder, "tempo_us")),
     }
 
 
 def _regularizer_arguments(name, params, latent_channels):
     if name == "kl":
-        _unknown("regularizer_config.params", params, _KL_KEYS)
-        return {"fsq_levels": None}
-    _unknown("regularizer_config.params", params, _FSQ_KEYS)
+        _unknown("regularizer_config.params", params, {"sample"})
+        return {"sample_posterior": params["sample"]} if "sample" in params else {}
+    _unknown("regularizer_config.params", params, {"levels", *_FSQ_WEIGHTS, *_FSQ_CONSTANTS})
+    for key, value in _FSQ_CONSTANTS.items():
+        if params.get(key, value) != value:
+            raise CheckpointError(f"original configuration: FSQ {key} = {params[key]!r}; only {value!r} is supported")
     levels = list(params.get("levels") or ())
     if len(levels) != latent_channels:
         raise CheckpointError(
             f"original configuration: z_channels is {latent_channels}, but FSQ has the levels {levels}"
         )
-    return {"fsq_levels": levels}
+    return {"fsq_levels": levels, **{key: params.get(key, default) for key, default in _FSQ_WEIGHTS.items()}}
+
+
+def _loss_arguments(params):
+    """Weights of the regularizer's terms, where the training loss is described."""
+    loss = params.get("loss_config")
+    weights = (loss.get("params") or {}).get("regularization_weights") if isinstance(loss, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return {}
+    names = {"kl_loss": "kl_loss_weight", "aux_loss": "aux_loss_weight"}
+    # A term without a weight is not part of the original's loss.
+    return {ours: weights.get(original, 0.0) for original, ours in names.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- conversion

@@ -47,11 +47,12 @@ def config_from_diffusers(config, version=None):
     spatial_down = levels("spatial_ds", range(count - 1))
     spatial_up = levels("spatial_us", range(1, count))
     temporal_down = levels("tempo_ds", (count - 2, count - 3)) & spatial_down
-    temporal_up = levels("tempo_us", (1, 2)) & spatial_up
-    if len(temporal_down) != len(temporal_up) or len(spatial_down) != len(spatial_up):
+    temporal_up = levels("tempo_us", (1, 2))  # the class owns tensors, if unused, on levels that keep their size too
+    doublings = len(temporal_up & spatial_up)
+    if len(temporal_down) != doublings or len(spatial_down) != len(spatial_up):
         raise CheckpointError(
             f"diffusers configuration: the encoder halves space {len(spatial_down)} and time {len(temporal_down)} times, "
-            f"the decoder doubles them {len(spatial_up)} and {len(temporal_up)} times"
+            f"the decoder doubles them {len(spatial_up)} and {doublings} times"
         )
     return VidTokConfig(
         in_channels=get("in_channels"),

@@ -34,7 +34,9 @@ def test_empty_mapping_is_the_identity():
 
 
 def test_wildcards_carry_what_they_matched():
-    mapping = StateDictMapping([Rename("blocks.*.attn.**", "layers.*.attention.**"), Rename("head.weight", "lm.weight")])
+    mapping = StateDictMapping(
+        [Rename("blocks.*.attn.**", "layers.*.attention.**"), Rename("head.weight", "lm.weight")]
+    )
     ours = assert_round_trip(
         mapping,
         {
