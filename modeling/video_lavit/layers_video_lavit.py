@@ -1,0 +1,117 @@
+"""Layers that several of Video-LaVIT's networks share. Names follow the released files."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, hidden_states):
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
+
+
+class FusedQKV(nn.Module):
+    """One matrix for query, key and value; query and value have a bias, the key has none (BEiT, EVA)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, hidden_states):
+        """(..., dim) -> (..., 3, num_heads, head_dim)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(hidden_states, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+
+
+class SpatialAttention(FusedQKV):
+    """Self-attention over the positions of each frame: (batch, num_frames, positions, dim)."""
+
+    def forward(self, hidden_states):
+        batch, frames, positions, dim = hidden_states.shape
+        # (batch * frames, positions, 3, heads, head_dim) -> three of (batch * frames, heads, positions, head_dim)
+        query, key, value = self.project(hidden_states).flatten(0, 1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(batch, frames, positions, dim))
+
+
+class TemporalAttention(FusedQKV):
+    """Self-attention over the frames at each position, without a mask: (batch, num_frames, positions, dim)."""
+
+    def forward(self, hidden_states):
+        # (batch, frames, positions, 3, heads, head_dim) -> three of (batch, positions, heads, frames, head_dim)
+        query, key, value = self.project(hidden_states).permute(3, 0, 2, 4, 1, 5)
+        attended = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+        attended = attended.unflatten(0, query.shape[:2]).permute(0, 3, 1, 2, 4)
+        return self.proj(attended.reshape(hidden_states.shape))
+
+
+class SpaceTimeBlock(GradientCheckpointingLayer):
+    """Pre-norm block of spatial attention, temporal attention and MLP on (batch, num_frames, positions, dim)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4, eps=1e-5, norm_class=nn.LayerNorm):
+        super().__init__()
+        self.norm0 = norm_class(dim, eps=eps)
+        self.spatial_attention = SpatialAttention(dim, num_heads)
+        self.norm1 = norm_class(dim, eps=eps)
+        self.temporal_attention = TemporalAttention(dim, num_heads)
+        self.norm2 = norm_class(dim, eps=eps)
+        self.mlp = Mlp(dim, dim * mlp_ratio)
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.spatial_attention(self.norm0(hidden_states))
+        hidden_states = hidden_states + self.temporal_attention(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code of an l2-normalised vector.
+
+    The codebook's rows are used as they are stored: the original normalises them when they are initialised, not when
+    they are looked up, so their norms matter.
+    """
+
+    def __init__(self, num_codes, dim):
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, dim)
+
+    def forward(self, features):
+        """Features (..., dim) -> (codes (..., dim), indices (...), normalised features (..., dim))."""
+        normalised = F.normalize(features, dim=-1)
+        codebook = self.embedding.weight
+        # ||x - e||^2 without the term that is the same for every code; argmin takes the first of equals.
+        distances = torch.addmm(
+            codebook.square().sum(-1), normalised.reshape(-1, codebook.shape[-1]), codebook.t(), alpha=-2
+        )
+        indices = distances.argmin(-1).reshape(features.shape[:-1])
+        return self.embedding(indices), indices, normalised
+
+    def lookup(self, indices):
+        """Codes (..., dim) of indices (...).
+
+        Raises:
+            ValueError: an index lies outside the codebook.
+        """
+        count = self.embedding.num_embeddings
+        if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < count):
+            raise ValueError(
+                f"code indices must lie in 0..{count - 1}, got {int(indices.min())}..{int(indices.max())}; "
+                "ids of the language model are larger by their offset"
+            )
+        return self.embedding(indices)
+
+
+def task_layer(dim, out_dim):
+    """Linear, Tanh, Linear between a transformer and a code space; the middle has no weights, so names are 0 and 2."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, out_dim))
