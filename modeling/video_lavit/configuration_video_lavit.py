@@ -66,7 +66,9 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {name} {getattr(self, name)}")
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 (the token selector halves it twice)")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 (the token selector halves it twice)"
+            )
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim must be positive or None, got {self.projection_dim}")
 
@@ -149,7 +151,9 @@ class VideoLavitMotionTokenizerConfig(PreTrainedConfig):
             if len(stride) != 3 or any(step not in (1, 2) for step in stride):
                 raise ValueError(f"strides are triples of 1 and 2 (time, height, width), got {stride}")
         if self.strides and min(self.latent_shape) < 1:
-            raise ValueError(f"maps of {self.num_frames}x{self.height}x{self.width} are too small for strides {self.strides}")
+            raise ValueError(
+                f"maps of {self.num_frames}x{self.height}x{self.width} are too small for strides {self.strides}"
+            )
 
 
 __all__ = ["VideoLavitMotionTokenizerConfig", "VideoLavitVisualTokenizerConfig"]

@@ -415,4 +415,9 @@ def sample_gumbel(like, generator=None):
     return -noise.log().to(like.device)
 
 
-__all__ = ["VideoLavitVisualDecoderOutput", "VideoLavitVisualTokenizer", "VideoLavitVisualTokenizerOutput", "sample_gumbel"]
+__all__ = [
+    "VideoLavitVisualDecoderOutput",
+    "VideoLavitVisualTokenizer",
+    "VideoLavitVisualTokenizerOutput",
+    "sample_gumbel",
+]
