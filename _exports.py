@@ -46,10 +46,11 @@ EXPORTS = {
     # Video-LaVIT
     "VideoLavitVisualTokenizerConfig": ".modeling.video_lavit.configuration_video_lavit",
     "VideoLavitMotionTokenizerConfig": ".modeling.video_lavit.configuration_video_lavit",
-    "VideoLavitConfig": ".modeling.video_lavit.configuration_video_lavit",
+    "VideoLavitConfig": ".modeling.video_lavit.configuration_video_lavit_llm",
     "VideoLavitVisualTokenizer": ".modeling.video_lavit.modeling_visual_tokenizer",
     "VideoLavitMotionTokenizer": ".modeling.video_lavit.modeling_motion_tokenizer",
     "VideoLavitKeyframeDecoder": ".modeling.video_lavit.keyframe_decoder",
+    "VideoLavitModel": ".modeling.video_lavit.modeling_video_lavit",
     "VideoLavitForCausalLM": ".modeling.video_lavit.modeling_video_lavit",
     "VideoLavitProcessor": ".modeling.video_lavit.processing_video_lavit",
     "VideoLavitUNetSpatioTemporalConditionModel": ".modeling.video_lavit.unet_video_lavit",
@@ -72,4 +73,11 @@ DIFFUSERS_BASES = {
 # model_type -> configuration class and what each Auto class answers for it.
 AUTO_CLASSES = {
     "vidtok": {"config": "VidTokConfig", "model": "VidTokModel", "video_processor": "VidTokVideoProcessor"},
+    "vidtwin": {"config": "VidTwinConfig", "model": "VidTwinModel", "video_processor": "VidTwinVideoProcessor"},
+    "video_lavit": {
+        "config": "VideoLavitConfig",
+        "model": "VideoLavitModel",
+        "causal_lm": "VideoLavitForCausalLM",
+        "processor": "VideoLavitProcessor",
+    },
 }
