@@ -21,17 +21,54 @@ def _resolve(name):
 
 
 class _LazyEntries(dict):
-    """The dictionary of extra entries of a transformers registry; values of type `_Pending` are looked up when read."""
+    """The dictionary of extra entries of a transformers registry; what is `_Pending` in it is looked up when it is asked for.
+
+    Values may be pending, and so may keys: registries keyed by configuration class know ours by name until somebody asks.
+    Importing them earlier would be circular, since a configuration with a transformers configuration inside imports the
+    registries itself.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._by_name = {}
+
+    def add_by_name(self, name, value):
+        self._by_name[name] = value
+
+    def _find(self, key):
+        name = getattr(key, "__name__", None)
+        if name in self._by_name and _resolve(name) is key:
+            super().__setitem__(key, self._by_name.pop(name))
+
+    def _find_all(self):
+        for name in list(self._by_name):
+            self._find(_resolve(name))
+
+    def __contains__(self, key):
+        self._find(key)
+        return super().__contains__(key)
 
     def __getitem__(self, key):
+        self._find(key)
         value = super().__getitem__(key)
         if isinstance(value, _Pending):
             value = value.resolve()
             super().__setitem__(key, value)
         return value
 
+    def __len__(self):
+        return super().__len__() + len(self._by_name)
+
+    def __iter__(self):
+        self._find_all()
+        return super().__iter__()
+
     def get(self, key, default=None):
         return self[key] if key in self else default
+
+    def keys(self):
+        self._find_all()
+        return super().keys()
 
     def values(self):
         return [self[key] for key in self]
@@ -45,22 +82,22 @@ class _Pending:
         self.resolve = resolve
 
 
-def _extend(mapping, key, resolve):
+def _entries(mapping):
     if not isinstance(mapping._extra_content, _LazyEntries):
         mapping._extra_content = _LazyEntries(mapping._extra_content)
-    mapping._extra_content[key] = _Pending(resolve)
+    return mapping._extra_content
 
 
 def _register_configs(module):
     for model_type, classes in AUTO_CLASSES.items():
-        _extend(module.CONFIG_MAPPING, model_type, lambda name=classes["config"]: _resolve(name))
+        _entries(module.CONFIG_MAPPING)[model_type] = _Pending(lambda name=classes["config"]: _resolve(name))
 
 
 def _extend_by_config(mapping, role, wrap=lambda cls: cls):
-    # These registries are keyed by configuration class, so the (light) configuration modules are imported here.
     for classes in AUTO_CLASSES.values():
         if role in classes:
-            _extend(mapping, _resolve(classes["config"]), lambda name=classes[role]: wrap(_resolve(name)))
+            pending = _Pending(lambda name=classes[role]: wrap(_resolve(name)))
+            _entries(mapping).add_by_name(classes["config"], pending)
 
 
 def _register_models(module):
