@@ -1,4 +1,4 @@
-"""PSNR and SSIM of video in plain torch, computed frame by frame exactly as VidTok's evaluation does (arXiv 2412.13061).
+"""PSNR and SSIM of video in plain torch, frame by frame, exactly as VidTok's evaluation does (arXiv 2412.13061).
 
 Both take two float tensors (batch, channels, num_frames, height, width) in [0, 1]. PSNR of a frame is
 -10 log10(mse + 1e-8), so identical frames give 80 dB. SSIM (Wang et al. 2004) uses an 11x11 Gaussian window of
@@ -98,9 +98,7 @@ def _ssim(video, reference):
     frames_at_once = max(1, _PIXELS_AT_ONCE // (batch * channels * height * width))
     for start in range(0, num_frames, frames_at_once):
         window = slice(start, start + frames_at_once)
-        x, y = (
-            v[:, :, window].float().transpose(1, 2).reshape(-1, 1, height, width) for v in (video, reference)
-        )
+        x, y = (v[:, :, window].float().transpose(1, 2).reshape(-1, 1, height, width) for v in (video, reference))
         similarity = _ssim_of_planes(x, y, pooling)
         per_frame[:, window] = similarity.reshape(batch, -1, channels).mean(dim=2)
     return per_frame
@@ -172,7 +170,9 @@ class VideoQuality:
         values = {name: function(video, reference) for name, function in self._functions.items()}
         for name, value in values.items():
             if tuple(value.shape) != expected:
-                raise ValueError(f"{name} returned shape {tuple(value.shape)}, expected (batch, num_frames) = {expected}")
+                raise ValueError(
+                    f"{name} returned shape {tuple(value.shape)}, expected (batch, num_frames) = {expected}"
+                )
         for name, value in values.items():
             self.per_frame[name].extend(value.double().flatten().tolist())
 

@@ -6,7 +6,8 @@ from .clip import VideoClip
 from .reading import iter_video, read_video
 from .writing import VideoWriter, write_video
 
-_LAZY = {"read_motion_vectors": ".motion", "write_comparison": ".comparison", "plot_quality": ".comparison"}
+_COMPARISON = ("plot_quality", "save_comparison_picture", "side_by_side", "write_comparison")
+_LAZY = {"read_motion_vectors": ".motion", **dict.fromkeys(_COMPARISON, ".comparison")}
 
 __all__ = ["VideoClip", "VideoWriter", "iter_video", "read_video", "write_video", *_LAZY]
 

@@ -40,8 +40,8 @@ def read_video(
             Frames are repeated or left out as needed; right for variable frame rates too.
         start, end: time range in seconds since the first frame; frames with start <= time < end. None: to the end.
         indices: frame numbers to read, in any order, repeats allowed; not with any of the above.
-        alpha: "blend" transparent pixels over `background` (RGB bytes), or "keep" to get RGBA frames (opaque sources get
-            255).
+        alpha: "blend" transparent pixels over `background` (RGB bytes), or "keep" to get RGBA frames (opaque ones
+            with 255).
         on_error: "raise", or "keep" to get what can be read of a damaged file; `complete` and `note` of the clip say
             what is missing.
 
@@ -202,7 +202,7 @@ class _Request:
 
     @property
     def _slack(self):
-        # Timestamps are rounded to the container's tick (1 ms in Matroska, 10 ms in GIF), so "at or after" needs leeway.
+        # Timestamps are rounded to the container's tick (1 ms in Matroska, 10 ms in GIF): comparisons need leeway.
         return min(self.source.tick, 0.25 / self.source.fps) + 1e-6
 
     def _by_rate(self):

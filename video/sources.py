@@ -18,7 +18,20 @@ _SEEK_FROM = 2.0  # seconds: decoding a little is cheaper than seeking
 _PILLOW_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 
 # Codecs that give exactly one frame for every packet, so that packets without a frame are losses.
-_ONE_FRAME_PER_PACKET = set("h264 hevc vp9 av1 mjpeg png prores dnxhd ffv1 rawvideo huffyuv gif".split())
+_ONE_FRAME_PER_PACKET = {
+    "h264",
+    "hevc",
+    "vp9",
+    "av1",
+    "mjpeg",
+    "png",
+    "prores",
+    "dnxhd",
+    "ffv1",
+    "rawvideo",
+    "huffyuv",
+    "gif",
+}
 
 
 class Frame:
@@ -95,7 +108,17 @@ class FileSource:
         rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
         self.fps = float(rate) if rate else FOLDER_FPS
         self.tick = float(self._stream.time_base) if self._stream.time_base else 1e-6
+        # FFmpeg's own VP8/VP9 decoders leave transparency out; libvpx's do not.
+        library = {"vp9": "libvpx-vp9", "vp8": "libvpx"}.get(self._stream.codec_context.name)
+        self._alpha_decoder = None
+        if library and self._stream.metadata.get("alpha_mode") == "1" and library in av.codecs_available:
+            self._alpha_decoder = av.CodecContext.create(library, "r")
         self._one_to_one = self._stream.codec_context.name in _ONE_FRAME_PER_PACKET
+
+    def _decode(self, packet):
+        if self._alpha_decoder is None:
+            return packet.decode()
+        return self._alpha_decoder.decode(packet if packet.size else None)
 
     def close(self):
         if self._opened:
@@ -164,7 +187,7 @@ class FileSource:
                     if packet.is_corrupt:
                         losses.append(f"packet {packets - 1} is damaged or incomplete")
                 try:
-                    decoded = packet.decode()
+                    decoded = self._decode(packet)
                 except av.error.EOFError:
                     decoded = []
                 except av.error.FFmpegError as error:
@@ -236,8 +259,8 @@ def _to_array(frame):
 
 
 def _oriented(pixels, matrix):
-    """Applies a display matrix [a b u; c d v; x y w]: a pixel at (x, y) is shown at (a x + c y, b x + d y). Quarter turns
-    and mirrors, all that cameras write, are exact; other angles go to the nearest of them."""
+    """Applies a display matrix [a b u; c d v; x y w]: a pixel at (x, y) is shown at (a x + c y, b x + d y). Quarter
+    turns and mirrors, all that cameras write, are exact; other angles go to the nearest of them."""
     a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
     if abs(a) + abs(d) >= abs(b) + abs(c):
         flip_columns, flip_rows = a < 0, d < 0
@@ -320,7 +343,7 @@ def _natural_order(path):
 
 
 class FolderSource:
-    """A folder of pictures of one size, in natural order of their names; the rate comes from `video.json` if present."""
+    """A folder of pictures of one size, in natural order of their names; `video.json`, if there, gives the rate."""
 
     tick = 1e-6
     seekable = False

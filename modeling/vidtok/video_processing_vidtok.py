@@ -15,6 +15,19 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from ...video import VideoClip, read_video
 
 _RANGE_SLACK = 1e-4
+_SETTINGS = (
+    "do_resize",
+    "size",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "fps",
+    "num_frames",
+)
 
 
 class VidTokVideoProcessor(VideoProcessorMixin):
@@ -103,8 +116,8 @@ class VidTokVideoProcessor(VideoProcessorMixin):
             shapes = {tuple(video.shape) for video in pixels}
             if len(shapes) > 1:
                 raise ValueError(
-                    f"the videos do not fit one batch, prepared shapes (T, C, H, W) are {sorted(shapes)}; give them the "
-                    "same number of frames and size (num_frames=, do_center_crop=True) or pass return_tensors=None"
+                    f"the videos do not fit one batch, prepared shapes (T, C, H, W) are {sorted(shapes)}; give them "
+                    "the same number of frames and size (num_frames=, do_center_crop=True) or pass return_tensors=None"
                 )
             pixels = torch.stack(pixels)
             if return_tensors == "np":
@@ -115,14 +128,10 @@ class VidTokVideoProcessor(VideoProcessorMixin):
         return BatchFeature(data)
 
     def _settings(self, overrides):
-        names = (
-            "do_resize size do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std fps "
-            "num_frames"
-        ).split()
-        unknown = sorted(set(overrides) - set(names))
+        unknown = sorted(set(overrides) - set(_SETTINGS))
         if unknown:
-            raise TypeError(f"unknown arguments {unknown}; known ones are {names}")
-        settings = {name: overrides.get(name, getattr(self, name)) for name in names}
+            raise TypeError(f"unknown arguments {unknown}; known ones are {', '.join(_SETTINGS)}")
+        settings = {name: overrides.get(name, getattr(self, name)) for name in _SETTINGS}
         if settings["do_resize"] and not (
             _is_size(settings["size"], "shortest_edge") or _is_size(settings["size"], "height", "width")
         ):
@@ -130,9 +139,7 @@ class VidTokVideoProcessor(VideoProcessorMixin):
                 f'size must be {{"shortest_edge": pixels}} or {{"height": ..., "width": ...}}, got {settings["size"]!r}'
             )
         if settings["do_center_crop"] and not _is_size(settings["crop_size"], "height", "width"):
-            raise ValueError(
-                f'crop_size must be {{"height": pixels, "width": pixels}}, got {settings["crop_size"]!r}'
-            )
+            raise ValueError(f'crop_size must be {{"height": pixels, "width": pixels}}, got {settings["crop_size"]!r}')
         return settings
 
     def _load(self, video, settings):
@@ -159,7 +166,7 @@ class VidTokVideoProcessor(VideoProcessorMixin):
             video = torch.from_numpy(np.ascontiguousarray(video))
         if not isinstance(video, torch.Tensor):
             raise TypeError(
-                f"cannot read a video of type {type(video).__name__}; pass a path, VideoClip, array, tensor or PIL images"
+                f"cannot read a video of type {type(video).__name__}; pass a path, VideoClip, array, tensor or pictures"
             )
         return _check_frames(video, "video"), facts
 
@@ -168,7 +175,9 @@ class VidTokVideoProcessor(VideoProcessorMixin):
         pixels = frames.permute(0, 3, 1, 2).to(torch.float32)
         if settings["do_rescale"] and frames.dtype == torch.uint8:
             # dividing by 255 and multiplying by 1 / 255 differ in the last bit; the original divides
-            pixels = pixels.div(255) if settings["rescale_factor"] == 1 / 255 else pixels.mul(settings["rescale_factor"])
+            pixels = (
+                pixels.div(255) if settings["rescale_factor"] == 1 / 255 else pixels.mul(settings["rescale_factor"])
+            )
         pixels = pixels.contiguous()
         if settings["do_resize"]:
             pixels = _resize(pixels, settings["size"])
@@ -250,7 +259,9 @@ def _as_list(videos):
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
         return list(videos)
     if isinstance(videos, (list, tuple)):
-        if videos and (_is_pil(videos[0]) or (isinstance(videos[0], (np.ndarray, torch.Tensor)) and videos[0].ndim == 3)):
+        if videos and (
+            _is_pil(videos[0]) or (isinstance(videos[0], (np.ndarray, torch.Tensor)) and videos[0].ndim == 3)
+        ):
             return [videos]
         if all(isinstance(v, (np.ndarray, torch.Tensor)) and v.ndim == 5 for v in videos) and videos:
             return [video for batch in videos for video in batch]
