@@ -1,4 +1,5 @@
-"""Configuration of the Video-LaVIT language model: LLaMA, the id layout, and (for the tuned weights) both tokenizers."""
+"""Configuration of the Video-LaVIT language model: LLaMA, the id layout, and (for the tuned weights) both
+tokenizers."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig

@@ -42,8 +42,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
         """Writes the visual codes of one image per prompt (Video-LaVIT, section 3.3).
 
         Args:
-            prompts: ids per sample: a sequence of 1-D tensors or lists of ids, or a (batch, length) tensor. The mark that
-                opens an image is appended. Id 2, the filling, is removed.
+            prompts: ids per sample: a sequence of 1-D tensors or lists of ids, or a (batch, length) tensor. The mark
+                that opens an image is appended. Id 2, the filling, is removed.
             guidance_scale: weight of the prompt; 1 turns guidance off.
             max_new_tokens: at most so many ids (the original takes 500 for a key frame, 200 for a picture).
             options: see `_generate_codes`.
@@ -69,8 +69,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
         Args:
             prompts: ids per sample, everything so far including the closed key frame; the mark that opens motion is
                 appended. Otherwise as in `generate_image_tokens`.
-            guidance_scale, max_new_tokens, options: as in `generate_image_tokens`. Text-to-video decodes motion greedily
-                (`do_sample=False`), image-to-video samples.
+            guidance_scale, max_new_tokens, options: as in `generate_image_tokens`. Text-to-video decodes motion
+                greedily (`do_sample=False`), image-to-video samples.
 
         Returns:
             [`VideoLavitTokenOutput`]; `motion_codes()` turns its `new_token_ids` into codes.
@@ -113,8 +113,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
             min_new_tokens: the closing mark is excluded for so many steps.
             do_sample: draw ids; False takes the most probable one.
             temperature, top_k, top_p: applied when drawing; `top_k=None`/0 and `top_p=1.0` turn them off.
-            negative_prompts: ids per sample of the branch without the prompt, complete with the opening mark; by default
-                it sees nothing but that mark.
+            negative_prompts: ids per sample of the branch without the prompt, complete with the opening mark; by
+                default it sees nothing but that mark.
             generator: a `torch.Generator`, or one per sample (then results do not depend on the batch).
             forced_token_ids: (batch, num_steps) ids to follow instead of choosing, for looking at the scores of a given
                 continuation.
@@ -272,7 +272,8 @@ def visual_codes(token_ids, config):
 
 
 def motion_codes(token_ids, config, num_codes=135):
-    """Exactly `num_codes` motion codes from ids: what is too much is cut, what is missing is code 0 (as in the original).
+    """Exactly `num_codes` motion codes from ids: what is too much is cut, what is missing is code 0 (as in the
+    original).
 
     Args:
         token_ids: 1-D ids as `generate_motion_tokens` writes them; marks and all other ids below are left out.

@@ -1,13 +1,15 @@
-"""Video-LaVIT's language model (https://arxiv.org/abs/2402.03161): LLaMA-2-7B that reads and writes text, visual codes and motion codes.
+"""Video-LaVIT's language model (https://arxiv.org/abs/2402.03161): LLaMA-2-7B that reads and writes text, visual
+codes and motion codes.
 
 Notable about the model:
 
 - one vocabulary of 49,412 ids: text, 16,384 visual codes, 1,024 motion codes and four marks (see `VideoLavitConfig`);
 - reading: an image becomes a mark, its kept *continuous* features (about 90 of 256, chosen at random by the visual
-  tokenizer) and a mark; a clip becomes the same for its key frame, then its 135 motion codes between marks. A sequence's
-  length is therefore known only after the visual tokenizer has run, and the splice happens here;
+  tokenizer) and a mark; a clip becomes the same for its key frame, then its 135 motion codes between marks. A
+  sequence's length is therefore known only after the visual tokenizer has run, and the splice happens here;
 - writing: images and motion are ids like any other (see `generation_video_lavit.py`);
-- the weights for generation hold the language model alone, those for understanding also the tuned tokenizers: one class.
+- the weights for generation hold the language model alone, those for understanding also the tuned tokenizers: one
+  class.
 """
 
 import warnings
@@ -111,8 +113,8 @@ class VideoLavitPreTrainedModel(PreTrainedModel):
 class VideoLavitModel(VideoLavitPreTrainedModel):
     """The language model without its head, with the tokenizers that read images and videos for it.
 
-    `visual_tokenizer` and `motion_tokenizer` are None for weights that hold the language model alone; such a model takes
-    text and ids only.
+    `visual_tokenizer` and `motion_tokenizer` are None for weights that hold the language model alone; such a model
+    takes text and ids only.
     """
 
     def __init__(self, config: VideoLavitConfig):
@@ -180,7 +182,8 @@ class VideoLavitModel(VideoLavitPreTrainedModel):
         sample; so does the noise.
 
         Args:
-            input_ids: (batch, length) with one `config.image_token_id` per image and one `config.video_token_id` per video.
+            input_ids: (batch, length) with one `config.image_token_id` per image and one `config.video_token_id` per
+                video.
             attention_mask: (batch, length), 0 where padded (on either side, or inside), or None.
             pixel_values: (num_images, 3, height, width), all images of the batch in the order of their placeholders.
             pixel_values_videos: (num_clips_of_all_videos, 3, height, width): key frames of the clips, or
@@ -496,7 +499,8 @@ class VideoLavitForCausalLM(VideoLavitPreTrainedModel, VideoLavitGenerationMixin
         Args:
             input_ids: (batch, length); `config.image_token_id` and `config.video_token_id` stand for images and videos.
             attention_mask: (batch, length), 0 where padded, on either side; with a cache, of the whole sequence so far.
-            position_ids: (batch, length); by default the real tokens are counted. Not used when images or videos are given.
+            position_ids: (batch, length); by default the real tokens are counted. Not used when images or videos are
+                given.
             past_key_values, use_cache, inputs_embeds: as everywhere in transformers.
             pixel_values, pixel_values_videos, motion_values, num_clips, gumbel_noise, generator: see
                 [`VideoLavitModel.merge_inputs`].
@@ -568,8 +572,8 @@ class VideoLavitForCausalLM(VideoLavitPreTrainedModel, VideoLavitGenerationMixin
         Args:
             inputs: (batch, length) ids with placeholders (also as `input_ids=`).
             attention_mask, pixel_values, pixel_values_videos, motion_values, num_clips, gumbel_noise, generator: see
-                [`VideoLavitModel.merge_inputs`]. `generator` serves the visual tokenizer; transformers' sampling of text
-                draws from torch's global generator.
+                [`VideoLavitModel.merge_inputs`]. `generator` serves the visual tokenizer; transformers' sampling of
+                text draws from torch's global generator.
             kwargs: everything `GenerationMixin.generate` takes.
 
         Returns:

@@ -1,4 +1,5 @@
-"""Text, images and videos for Video-LaVIT's language model: placeholders, the chat format, stopping and clean answers."""
+"""Text, images and videos for Video-LaVIT's language model: placeholders, the chat format, stopping and clean
+answers."""
 
 import re
 
@@ -52,9 +53,9 @@ CHAT_TEMPLATE = (
 class VideoLavitProcessor(ProcessorMixin):
     r"""Prepares text, images and videos for [`VideoLavitForCausalLM`] and reads its answers.
 
-    In text, `<image>` and `<video>` stand for an image and a video. The text between them is tokenised piece by piece (each
-    with sentencepiece's leading space, as in the original) behind one beginning-of-text id. How many positions an image
-    takes is only known inside the model, so a placeholder stays one id here.
+    In text, `<image>` and `<video>` stand for an image and a video. The text between them is tokenised piece by piece
+    (each with sentencepiece's leading space, as in the original) behind one beginning-of-text id. How many positions
+    an image takes is only known inside the model, so a placeholder stays one id here.
 
     Args:
         tokenizer: LLaMA's tokenizer. The 17,412 ids of codes and marks are no pieces of it.
@@ -133,8 +134,8 @@ class VideoLavitProcessor(ProcessorMixin):
         """Prepares one sample or a batch.
 
         Args:
-            images: images in the order of their placeholders: one, a list, or a list of lists (one per sample). An image is
-                a path, a PIL image, a uint8 array (height, width, 3) or a tensor (3, height, width).
+            images: images in the order of their placeholders: one, a list, or a list of lists (one per sample). An
+                image is a path, a PIL image, a uint8 array (height, width, 3) or a tensor (3, height, width).
             text: a string or a list of strings with `<image>` and `<video>` where images and videos belong.
             videos: likewise. A video is a path, a binary file object or `MotionVectors`.
             labels_from: per sample, spans `(start, end)` of characters in the text that are answers to learn; adds
@@ -191,8 +192,8 @@ class VideoLavitProcessor(ProcessorMixin):
         """Inputs and labels of whole conversations; only the assistant's answers (with their end marks) count.
 
         Args:
-            conversations: a list of conversations, each a list of messages as for `apply_chat_template`, ending with the
-                assistant's answer. Images and videos come from the messages' content.
+            conversations: a list of conversations, each a list of messages as for `apply_chat_template`, ending with
+                the assistant's answer. Images and videos come from the messages' content.
             images, videos: given instead of those in the content, if any.
             options: arguments of `__call__`; `padding_side` is "right" by default.
 

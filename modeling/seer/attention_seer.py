@@ -1,0 +1,269 @@
+"""Attention of Seer (https://arxiv.org/abs/2303.14897): rotary positions, window-causal attention, transformer blocks.
+
+Notable:
+- The temporal attention of the U-Net is causal over *tokens*, not over frames: inside a window (all frames x window x
+  window positions, in frame, row, column order) a token sees the tokens of earlier frames and, within its own frame,
+  only those before it in raster order.
+- Rotary positions are indices in the whole flattened clip (frame * h * w + row * w + column), also inside windows.
+- Text attention is per frame: every frame has a text sequence of its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+# Tokens a feed-forward takes at a time on a CPU when no gradient is needed: its four times wider inner activations then
+# stay in the caches, and the largest of them never exists as a whole.
+_FEED_FORWARD_CHUNK = 512
+
+
+class SeerRotaryEmbedding(nn.Module):
+    """Rotary position embedding on interleaved channel pairs (https://arxiv.org/abs/2104.09864).
+
+    Args:
+        dim: number of rotated channels of each head; pair j = (2j, 2j + 1) turns by position * 10000^(-2j / dim).
+        angle_dtype: "float32", or "float16" to round the angles through half precision. The published weights were
+            trained and sampled under float16 autocast, where the angles themselves were half precision numbers: above
+            position 2048 (the third frame at 32x32 latents) fast channels saw angles rounded to multiples of 2, 4, 8.
+    """
+
+    def __init__(self, dim, angle_dtype="float32"):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"the number of rotated channels must be even, got {dim}")
+        if angle_dtype not in ("float32", "float16"):
+            raise ValueError(f"angle_dtype must be 'float32' or 'float16', got {angle_dtype!r}")
+        self.dim = dim
+        self.angle_dtype = getattr(torch, angle_dtype)
+        # Persistent, because released files hold it.
+        self.register_buffer("freqs", 1.0 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+    def _apply(self, fn, recurse=True):
+        # Casting the model to half precision must not round the frequencies.
+        freqs = self.freqs
+        super()._apply(fn, recurse)
+        if self.freqs.dtype != torch.float32:
+            self.freqs = freqs.to(self.freqs.device, torch.float32)
+        return self
+
+    def angles(self, positions):
+        """Positions (...) -> float32 angles (..., dim / 2) in radians, rounded as `angle_dtype` says."""
+        angles = positions.to(torch.float32)[..., None] * self.freqs
+        return angles.to(self.angle_dtype).to(torch.float32)
+
+    def forward(self, positions, dtype=torch.float32):
+        """Positions (...) -> (cos, sin), each (..., dim / 2) of `dtype`."""
+        angles = self.angles(positions)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary_embedding(hidden_states, cos, sin):
+    """Turns the first channel pairs of `hidden_states` (..., channels) by the angles whose `cos` and `sin`
+    (..., dim / 2) are given; channels from dim on stay as they are."""
+    dim = 2 * cos.shape[-1]
+    even, odd = hidden_states[..., 0:dim:2], hidden_states[..., 1:dim:2]
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, hidden_states[..., dim:]), dim=-1) if dim < hidden_states.shape[-1] else turned
+
+
+class SeerAttnProcessor:
+    """softmax(q k^T / sqrt(head_dim)) v through diffusers' attention backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, rotary=None, is_causal=False):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
+        value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
+        if rotary is not None:
+            query, key = apply_rotary_embedding(query, *rotary), apply_rotary_embedding(key, *rotary)
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](hidden_states.flatten(-2).to(query.dtype))
+
+
+class SeerAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention with biases on the output projection only.
+
+    Args:
+        query_dim: width of the input and of the output.
+        heads: number of heads.
+        dim_head: channels of each head.
+        cross_attention_dim: width of the context; None for self attention.
+    """
+
+    _default_processor_cls = SeerAttnProcessor
+    _available_processors = [SeerAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, query_dim, heads, dim_head, cross_attention_dim=None):
+        super().__init__()
+        context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, heads * dim_head, bias=False)
+        self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
+        self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, query_dim)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states, encoder_hidden_states=None, rotary=None, is_causal=False):
+        """(batch, tokens, query_dim) -> the same; `rotary` is (cos, sin), each broadcastable to
+        (batch, tokens, heads, rotated channels / 2)."""
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary, is_causal)
+
+
+class SeerCausalAttention(SeerAttention):
+    """Causal self attention over one axis with rotary positions 0, 1, 2, ..., as in the text decomposer."""
+
+    def __init__(self, query_dim, heads, dim_head, rotary_dim=32, rotary_angle_dtype="float32"):
+        super().__init__(query_dim, heads, dim_head)
+        self.rotary_emb = SeerRotaryEmbedding(min(rotary_dim, dim_head), rotary_angle_dtype)
+
+    def forward(self, hidden_states):
+        """(batch, positions, channels) -> the same."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        cos, sin = self.rotary_emb(positions, hidden_states.dtype)
+        return super().forward(hidden_states, rotary=(cos[:, None], sin[:, None]), is_causal=True)
+
+
+class SeerWindowAttention(SeerCausalAttention):
+    """Scaled autoregressive window attention (section 3.2 of the paper) over clips of tokens.
+
+    The window is the whole frame up to height `full_window_height`, `window_size` where at least `min_windows` of them
+    fit the height, and `small_window_size` in between. Height and width must be multiples of it.
+    """
+
+    def __init__(
+        self,
+        query_dim,
+        heads,
+        dim_head,
+        rotary_dim=32,
+        rotary_angle_dtype="float32",
+        window_size=8,
+        small_window_size=4,
+        full_window_height=4,
+        min_windows=4,
+    ):
+        super().__init__(query_dim, heads, dim_head, rotary_dim, rotary_angle_dtype)
+        self.window_rule = (window_size, small_window_size, full_window_height, min_windows)
+
+    def forward(self, hidden_states):
+        """(batch, num_frames, height, width, channels) -> (batch, num_frames * height * width, channels)."""
+        batch_size, num_frames, height, width, channels = hidden_states.shape
+        window = window_shape(height, width, *self.window_rule)
+        positions = torch.arange(num_frames * height * width, device=hidden_states.device)
+        positions = to_windows(positions.view(1, num_frames, height, width, 1), window)  # windows, tokens, 1
+        cos, sin = self.rotary_emb(positions, hidden_states.dtype)  # windows, tokens, 1 (all heads), rotated / 2
+        if batch_size > 1:
+            cos, sin = (x.repeat(batch_size, 1, 1, 1) for x in (cos, sin))
+        windows = to_windows(hidden_states, window)
+        windows = SeerAttention.forward(self, windows, rotary=(cos, sin), is_causal=True)
+        return from_windows(windows, window, hidden_states.shape[:-1]).flatten(1, 3)
+
+
+def window_shape(height, width, window_size=8, small_window_size=4, full_window_height=4, min_windows=4):
+    """Height and width of the attention windows of a feature map.
+
+    Raises:
+        ValueError: the windows do not tile the map.
+    """
+    if height <= full_window_height:
+        return height, width
+    window = window_size if height // window_size >= min_windows else small_window_size
+    if height % window or width % window:
+        raise ValueError(
+            f"a feature map of {height}x{width} cannot be tiled by attention windows of {window}x{window}; "
+            "choose another frame size (see `SeerUNet3DConditionModel.check_latent_size`)"
+        )
+    return window, window
+
+
+def to_windows(tokens, window):
+    """(batch, frames, height, width, channels) -> (batch * windows, frames * window tokens, channels), frame-major."""
+    tokens = tokens.unflatten(3, (-1, window[1])).unflatten(2, (-1, window[0]))
+    return tokens.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5).flatten(0, 2)
+
+
+def from_windows(windows, window, shape):
+    """Inverse of `to_windows`; `shape` is (batch, frames, height, width)."""
+    batch_size, num_frames, height, width = shape
+    rows, columns = height // window[0], width // window[1]
+    windows = windows.view(batch_size, rows, columns, num_frames, *window, -1)
+    return windows.permute(0, 3, 1, 4, 2, 5, 6).reshape(*shape, -1)
+
+
+class SeerFeedForward(FeedForward):
+    """diffusers' GEGLU feed-forward, in chunks of tokens where that is faster and lighter (see `_FEED_FORWARD_CHUNK`)."""
+
+    def __init__(self, dim):
+        super().__init__(dim, activation_fn="geglu")
+
+    def forward(self, hidden_states):
+        if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+            return super().forward(hidden_states)
+        tokens = hidden_states.flatten(0, -2)
+        return torch.cat([self._forward_chunk(c) for c in tokens.split(_FEED_FORWARD_CHUNK)]).view_as(hidden_states)
+
+    def _forward_chunk(self, hidden_states):
+        value, gate = self.net[0].proj(hidden_states).chunk(2, dim=-1)
+        return self.net[2](F.gelu(gate).mul_(value))
+
+
+class SeerTextTransformerBlock(nn.Module):
+    """Self attention within each frame, attention to text, feed-forward."""
+
+    def __init__(self, dim, heads, dim_head, cross_attention_dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = SeerAttention(dim, heads, dim_head)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = SeerAttention(dim, heads, dim_head, cross_attention_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = SeerFeedForward(dim)
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        """`hidden_states`: (batch * num_frames, tokens, dim). `encoder_hidden_states`: (batch * num_frames, text tokens,
+        width) for one text per frame, or (batch, text tokens, width) for a text all frames share."""
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
+        query = self.norm2(hidden_states)
+        # A query attends alone, so the frames of a sample that share a text are one long sequence of queries.
+        grouped = query.reshape(encoder_hidden_states.shape[0], -1, query.shape[-1])
+        hidden_states = hidden_states + self.attn2(grouped, encoder_hidden_states).view_as(hidden_states)
+        return hidden_states + self.ff(self.norm3(hidden_states))
+
+
+class SeerTemporalTransformerBlock(nn.Module):
+    """Causal attention through time, feed-forward. There is no text here, and no second norm.
+
+    Args:
+        dim, heads, dim_head: width, number of heads, channels of each head.
+        attention: `SeerCausalAttention` (text decomposer) or `SeerWindowAttention` (U-Net).
+        attention_kwargs: further arguments of `attention`.
+    """
+
+    def __init__(self, dim, heads, dim_head, attention=SeerCausalAttention, **attention_kwargs):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = attention(dim, heads, dim_head, **attention_kwargs)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = SeerFeedForward(dim)
+
+    def forward(self, hidden_states, num_cond_frames=0):
+        """`hidden_states`: (batch, num_frames, ..., dim). The first `num_cond_frames` frames take part in attention but
+        skip the feed-forward, as in the authors' training."""
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states)).view_as(hidden_states)
+        if num_cond_frames == 0:
+            return hidden_states + self.ff(self.norm3(hidden_states))
+        reference, future = hidden_states[:, :num_cond_frames], hidden_states[:, num_cond_frames:]
+        return torch.cat((reference, future + self.ff(self.norm3(future))), dim=1)

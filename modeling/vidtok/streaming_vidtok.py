@@ -1,0 +1,5 @@
+"""VidTok from file to file in constant memory."""
+
+
+class VidTokFilesMixin:
+    pass
