@@ -26,6 +26,7 @@ from golden_kinds import DEFERRED, RUNNERS, GoldenCase, Row, find_cases, load_ru
 def run_case(path):
     """Runs one case folder; returns the case with its rows (errors become failed rows)."""
     case = GoldenCase(path)
+    load_runners(case.system)
     runner = RUNNERS.get((case.system, case.kind))
     if runner is None:
         case.rows.append(Row(f"{case.system}/{case.kind}", False, note="no runner for this kind"))
@@ -48,11 +49,11 @@ def main(argv=None):
     parser.add_argument("--quiet", action="store_true", help="print failed rows and one line per case")
     arguments = parser.parse_args(argv)
 
-    load_runners()
     cases = find_cases(arguments.folders)
     counts = {"passed": 0, "failed": 0, "deferred": 0, "skipped": 0}
     for path in cases:
         case = GoldenCase(path)
+        load_runners(case.system)
         if (arguments.only and case.kind not in arguments.only) or case.kind in arguments.skip:
             counts["skipped"] += 1
             continue

@@ -30,10 +30,10 @@ def defer(system, kind, reason):
     DEFERRED[system, kind] = reason
 
 
-def load_runners():
-    for system in SYSTEMS:
-        if (Path(__file__).parent / f"{system}.py").exists():
-            importlib.import_module(f"golden_kinds.{system}")
+def load_runners(system):
+    """Imports the runners of one system (only what is run is imported)."""
+    if system in SYSTEMS and (Path(__file__).parent / f"{system}.py").exists():
+        importlib.import_module(f"golden_kinds.{system}")
 
 
 @dataclass
