@@ -146,11 +146,14 @@ class VidTokNorm(nn.Module):
     def forward(self, hidden_states):
         if self.is_layernorm:
             return self.norm(hidden_states)
-        grouped = hidden_states.unflatten(-1, (NUM_NORM_GROUPS, -1))  # (T, B, H, W, groups, channels of a group)
-        axes = {"position": (5,), "frame": (2, 3, 5), "pixel": (0, 5), "clip": (0, 2, 3, 5)}[self.statistics]
-        variance, mean = torch.var_mean(grouped, dim=axes, correction=0, keepdim=True)
-        grouped = (grouped - mean) * torch.rsqrt(variance + NORM_EPS)
-        return grouped.flatten(-2) * self.weight + self.bias
+        # (samples, channels, ...) as group_norm wants it, with everything that shares statistics in one sample
+        order = {"position": (0, 1, 2, 3, 4), "frame": (0, 1, 4, 2, 3), "pixel": (1, 2, 3, 4, 0), "clip": (1, 4, 0, 2, 3)}
+        order = order[self.statistics]
+        samples = hidden_states.permute(order)
+        normed = F.group_norm(
+            samples.flatten(0, order.index(4) - 1), NUM_NORM_GROUPS, self.weight, self.bias, NORM_EPS
+        ).view(samples.shape)
+        return normed.permute([order.index(axis) for axis in range(5)]).contiguous()
 
 
 def norm_act(norm, hidden_states):

@@ -397,24 +397,27 @@ class VidTokModel(VidTokPreTrainedModel, VidTokFilesMixin):
         elif left_over and not official_padding:
             video = torch.cat([video, video[:, :, -1:].expand(-1, -1, factor - left_over, -1, -1)], dim=2)
         moments = []
-        for chunk, ends in self._chunks(video, factor, whole=official_padding and left_over):
+        for chunk, ends in self._chunks(video, factor, 1, whole=official_padding and left_over > 0):
             stream = VidTokStream(states, is_last=ends and is_last) if self.config.is_causal else None
             moments.append(_to_video(self.encoder(_to_frames(chunk), stream)))
             states = stream.following if stream is not None else None
         following = VidTokCache("encode", (), num_seen + new_frames, states, pending)
         return (torch.cat(moments, dim=2) if moments else None), following
 
-    def _chunks(self, video, factor, whole=False):
-        """Splits (B, C, T, H, W) into (chunk, is it the last one): one chunk where gradients or the model need it."""
+    def _chunks(self, video, frames_per_latent, pixels_per_position, whole=False):
+        """Splits (B, C, T, H, W) into pairs (chunk, is it the last one).
+
+        `frames_per_latent` frames of the input make one latent frame and stay together (1 for latents), and a position of
+        the input stands for `pixels_per_position` pixels. One chunk where gradients are recorded or the model is not causal.
+        """
         num_frames = video.shape[2]
         if num_frames == 0:
             return []
         if torch.is_grad_enabled() or not self.config.is_causal or whole:
             return [(video, True)]
-        scale = self.config.spatial_compression_ratio if factor == 1 else 1  # latents: in units of full-resolution pixels
-        per_frame = video.shape[0] * video.shape[3] * video.shape[4] * scale**2 * self.config.base_channels
-        frames_per_step = self.config.temporal_compression_ratio if factor == 1 else 1
-        step = max(1, _CHUNK_ELEMENTS // (per_frame * frames_per_step * factor)) * factor
+        pixels = video.shape[0] * video.shape[3] * video.shape[4] * pixels_per_position
+        per_latent_frame = pixels * self.config.temporal_compression_ratio * self.config.base_channels
+        step = max(1, _CHUNK_ELEMENTS // per_latent_frame) * frames_per_latent
         return [(video[:, :, i : i + step], i + step >= num_frames) for i in range(0, num_frames, step)]
 
     def _encode_official(self, video, chunk_frames):
@@ -493,7 +496,7 @@ class VidTokModel(VidTokPreTrainedModel, VidTokFilesMixin):
         states = cache.states if cache is not None else None
         num_seen = cache.num_frames if cache is not None else 0
         video = []
-        for chunk, ends in self._chunks(latents, 1):
+        for chunk, ends in self._chunks(latents, 1, self.config.spatial_compression_ratio**2):
             stream = VidTokStream(states, is_last=ends and is_last) if self.config.is_causal else None
             video.append(_to_video(self.decoder(_to_frames(chunk), stream)))
             states = stream.following if stream is not None else None
