@@ -43,6 +43,7 @@ EXPORTS = {
     "DivotProcessor": ".modeling.divot.processing_divot",
     "DivotUNet3DConditionModel": ".modeling.divot.unet_divot",
     "DivotFeatureResampler": ".modeling.divot.resampler_divot",
+    "DivotDDIMScheduler": ".modeling.divot.scheduling_divot",
     # Video-LaVIT
     "VideoLavitVisualTokenizerConfig": ".modeling.video_lavit.configuration_video_lavit",
     "VideoLavitMotionTokenizerConfig": ".modeling.video_lavit.configuration_video_lavit",
@@ -55,9 +56,12 @@ EXPORTS = {
     "VideoLavitProcessor": ".modeling.video_lavit.processing_video_lavit",
     "VideoLavitUNetSpatioTemporalConditionModel": ".modeling.video_lavit.unet_video_lavit",
     "VideoLavitMotionEncoder": ".modeling.video_lavit.motion_encoder",
+    "VideoLavitImageProcessor": ".modeling.video_lavit.image_processing_video_lavit",
+    "VideoLavitMotionProcessor": ".modeling.video_lavit.motion_processing",
     # Seer
     "SeerUNet3DConditionModel": ".modeling.seer.unet_seer",
     "SeerTextDecomposer": ".modeling.seer.text_decomposer_seer",
+    "SeerDDIMScheduler": ".modeling.seer.scheduling_seer",
     **PIPELINES,
 }
 
@@ -79,5 +83,19 @@ AUTO_CLASSES = {
         "model": "VideoLavitModel",
         "causal_lm": "VideoLavitForCausalLM",
         "processor": "VideoLavitProcessor",
+    },
+    "video_lavit_visual_tokenizer": {
+        "config": "VideoLavitVisualTokenizerConfig",
+        "model": "VideoLavitVisualTokenizer",
+    },
+    "video_lavit_motion_tokenizer": {
+        "config": "VideoLavitMotionTokenizerConfig",
+        "model": "VideoLavitMotionTokenizer",
+        "video_processor": "VideoLavitMotionProcessor",
+    },
+    "divot_tokenizer": {
+        "config": "DivotTokenizerConfig",
+        "model": "DivotTokenizerModel",
+        "video_processor": "DivotVideoProcessor",
     },
 }

@@ -6,6 +6,7 @@ in memory: packets go from the encoder straight into a decoder, so there is no t
 """
 
 import colorsys
+import contextlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -225,10 +226,8 @@ class _VectorReader:
                 except av.error.FFmpegError as error:
                     raise VideoReadError(f"{self.name}: cannot be re-encoded to MPEG-4 Part 2 ({error})") from error
             if pump is not None:
-                try:
+                with contextlib.suppress(StopIteration):
                     pump.send(None)
-                except StopIteration:
-                    pass
 
     def _pump(self, stream, first, fps, bit_rate, gop_size, num_threads):
         """A coroutine that takes source frames (None at the end) through filter, encoder and exporting decoder."""
@@ -402,7 +401,7 @@ def block_motion_map(tables, height, width, *, rescale=True, num_frames=24, gop_
 
 
 def resize_motion(motion, height, width):
-    """Bicubic resize of motion maps (..., num_frames, h, w) without antialiasing, as in the original; values keep their scale."""
+    """Bicubic resize of motion maps (..., num_frames, h, w) without antialiasing; values keep their scale."""
     flat = motion.reshape(-1, 1, *motion.shape[-2:])
     flat = F.interpolate(flat, size=(height, width), mode="bicubic", align_corners=False, antialias=False)
     return flat.reshape(*motion.shape[:-2], height, width)

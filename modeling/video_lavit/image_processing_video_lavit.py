@@ -32,7 +32,7 @@ def to_pil(image):
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(
-                f"an image tensor is (3, height, width), got {tuple(image.shape)}; a video is given as a video"
+                f"an image tensor is (3, height, width), got {tuple(image.shape)}; give a video as a video"
             )
         if image.is_floating_point():
             image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -40,7 +40,7 @@ def to_pil(image):
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(
-                f"an image array is uint8 (height, width, 3), got {image.dtype} {image.shape}; a video is given as a video"
+                f"an image array is uint8 (height, width, 3), got {image.dtype} {image.shape}; give a video as a video"
             )
         return Image.fromarray(image)
     raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")

@@ -111,8 +111,8 @@ class VideoLavitKeyframeDecoder(ModelMixin, ConfigMixin):
         num_queries: positions of the image encoder; also the most codes an image can have.
         hidden_size, num_layers, num_attention_heads, intermediate_size: of the transformer.
         feature_dim: width of the reconstructed features.
-        prompt_dim, pooled_dim: widths of the two projections; their sum is the U-Net's `cross_attention_dim`, the second
-            also the pooled embedding's width.
+        prompt_dim, pooled_dim: widths of the two projections; their sum is the U-Net's `cross_attention_dim`, the
+            second is also the pooled embedding's width.
     """
 
     _supports_gradient_checkpointing = True

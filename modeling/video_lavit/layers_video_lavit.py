@@ -104,7 +104,7 @@ class VectorQuantizer(nn.Module):
             ValueError: an index lies outside the codebook.
         """
         count = self.embedding.num_embeddings
-        if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < count):
+        if indices.numel() and (indices.min() < 0 or indices.max() >= count):
             raise ValueError(
                 f"code indices must lie in 0..{count - 1}, got {int(indices.min())}..{int(indices.max())}; "
                 "ids of the language model are larger by their offset"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -36,7 +37,7 @@ class VideoLavitMotionTokenizerOutput(ModelOutput):
             Codebook rows of `indices`.
         pre_quant (`torch.Tensor`, same shape):
             Vectors before normalisation and quantization.
-        last_hidden_state (`torch.Tensor` of shape `(batch, num_latent_frames, latent_height, latent_width, hidden_size)`):
+        last_hidden_state (`torch.Tensor` of shape `(batch, latent frames, latent height, latent width, hidden_size)`):
             Output of the encoder.
     """
 
@@ -112,7 +113,7 @@ class MotionEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, motion_values):
-        """(batch, channels, frames, height, width) -> (batch, latent frames, latent height, latent width, hidden_size)."""
+        """(batch, channels, frames, height, width) -> channels-last features of the latent grid."""
         hidden_states = self.in_proj(motion_values.permute(0, 2, 3, 4, 1))
         positions = self.pos_embed.unflatten(1, hidden_states.shape[2:4])
         hidden_states = hidden_states + positions[:, None] + self.temp_pos[:, :, None, None]
@@ -203,6 +204,7 @@ class VideoLavitMotionTokenizer(PreTrainedModel):
         pre_quant = self.encode_task_layer(hidden_states)
         return hidden_states, pre_quant, *self.quantize(pre_quant)
 
+    @apply_forward_hook
     def encode(self, motion_values):
         r"""Motion maps to codes.
 
@@ -225,12 +227,13 @@ class VideoLavitMotionTokenizer(PreTrainedModel):
             last_hidden_state=hidden_states,
         )
 
+    @apply_forward_hook
     def decode(self, indices=None, *, quantized=None):
         r"""Codes to motion maps.
 
         Args:
-            indices (`torch.LongTensor` of shape `(batch, num_latent_frames, latent_height, latent_width)` or `(batch, num_tokens)`):
-                Codes, without the offset of the language model's vocabulary.
+            indices (`torch.LongTensor` of shape `(batch, num_latent_frames, latent_height, latent_width)`):
+                Codes, also flat as `(batch, num_tokens)`, without the offset of the language model's vocabulary.
             quantized (`torch.Tensor` of shape `(batch, codebook_dim, num_latent_frames, latent_height, latent_width)`):
                 Instead of `indices`: codebook rows.
 

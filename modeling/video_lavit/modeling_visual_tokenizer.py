@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -134,7 +135,7 @@ class EvaVisionEncoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.clip_embedding_size)
 
     def forward(self, pixel_values):
-        """Pixels (batch, channels, image_size, image_size) -> (batch, 1 + num_positions, hidden_size), class token first."""
+        """Pixels (batch, channels, side, side) -> (batch, 1 + num_positions, hidden_size), class token first."""
         patches = self.patch_embed(pixel_values)
         hidden_states = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
         for block in self.blocks:
@@ -320,6 +321,7 @@ class VideoLavitVisualTokenizer(PreTrainedModel):
         keep_mask = scores[..., 0] >= scores[..., 1]
         return features, log_probs, keep_mask, self.causal_encoder(features, keep_mask)
 
+    @apply_forward_hook
     def encode(self, pixel_values, *, gumbel_noise=None, generator=None):
         r"""Images to codes.
 
@@ -359,6 +361,7 @@ class VideoLavitVisualTokenizer(PreTrainedModel):
         """The same as `encode`."""
         return self.encode(pixel_values, gumbel_noise=gumbel_noise, generator=generator)
 
+    @apply_forward_hook
     def get_image_features(self, pixel_values, *, gumbel_noise=None, generator=None):
         """Continuous features for the language model (understanding).
 
@@ -375,6 +378,7 @@ class VideoLavitVisualTokenizer(PreTrainedModel):
         _, _, keep_mask, merged = self._merge(pixel_values, gumbel_noise, generator)
         return self.vit_proj(merged[keep_mask]).split(keep_mask.sum(dim=1).tolist())
 
+    @apply_forward_hook
     def decode(self, indices):
         """Codes to features for `VideoLavitKeyframeDecoder`.
 

@@ -58,7 +58,7 @@ class MotionTransformerSpatioTemporalModel(TransformerSpatioTemporalModel):
 
 
 def _nearest_locations(condition, height, width):
-    """For each location of a feature map the cell of the condition's grid it reads: (height * width,), or None if equal."""
+    """The cell of the condition's grid that each location of a feature map reads: (height * width,); None if equal."""
     side = round(condition.shape[1] ** 0.5)
     if side * side != condition.shape[1]:
         raise ValueError(f"the motion condition is a square grid of tokens, got {condition.shape[1]} per frame")
@@ -113,8 +113,8 @@ def _condition_attention(attention, hidden_states, condition, num_frames, locati
 class VideoLavitUNetSpatioTemporalConditionModel(UNetSpatioTemporalConditionModel):
     r"""3-d U-Net that denoises a clip given its keyframe and motion ([Video-LaVIT](https://arxiv.org/abs/2402.03161)).
 
-    Arguments and state-dict names are those of [`~diffusers.UNetSpatioTemporalConditionModel`]. Input channels are noisy
-    latents (4), image latents (4) and motion (2); `encoder_hidden_states` holds a grid of condition tokens per frame.
+    Arguments and state-dict names are those of [`~diffusers.UNetSpatioTemporalConditionModel`]. Input channels are
+    noisy latents (4), image latents (4) and motion (2); `encoder_hidden_states` holds a grid of tokens per frame.
     """
 
     @register_to_config
@@ -237,7 +237,7 @@ class VideoLavitUNetSpatioTemporalConditionModel(UNetSpatioTemporalConditionMode
 
 
 def _with_motion(stock):
-    """diffusers' transformer with our forward: the same submodules (and names), nothing is built or initialised twice."""
+    """diffusers' transformer with our forward: the same submodules and names, nothing is initialised twice."""
     with torch.device("meta"):
         ours = MotionTransformerSpatioTemporalModel(
             stock.num_attention_heads,

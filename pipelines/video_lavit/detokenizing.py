@@ -1,4 +1,4 @@
-"""Video-LaVIT's two de-tokenizers as functions that its pipelines share: codes to a keyframe, keyframe + motion to frames.
+"""Video-LaVIT's de-tokenizers, as functions that its pipelines share: codes to keyframe, keyframe + motion to video.
 
 The keyframe de-tokenizer is SDXL-shaped and conditioned on visual codes; the video de-tokenizer is Stable Video
 Diffusion's network conditioned on motion. Components are diffusers models; state is passed in and returned.
@@ -22,7 +22,7 @@ def check_picture_size(height, width, multiple):
 
 
 def image_to_tensor(image, height, width):
-    """One image as the VAEs take it: (3, height, width) float32 in [-1, 1], resized with Pillow's bicubic if necessary."""
+    """One image as the VAEs take it: (3, height, width) float32 in [-1, 1], resized with Pillow's bicubic if needed."""
     picture = to_pil(image)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -50,12 +50,13 @@ def _decodable(vae):
 # ------------------------------------------------------------------------------------------------ visual codes -> image
 
 
-def encode_keyframe_prompt(visual_tokenizer, keyframe_decoder, indices):
+def encode_keyframe_prompt(visual_tokenizer, keyframe_decoder, indices, device=None):
     """Conditioning of the keyframe U-Net from visual codes.
 
     Args:
         indices: list of 1-d code tensors (one per image), or (batch, num_tokens) with -1 after the last; without the
             offset of the language model's vocabulary.
+        device: where the decoder runs; default: where the codebook is.
 
     Returns:
         (prompt_embeds (batch, num_queries, channels), pooled_prompt_embeds (batch, channels)).
@@ -65,17 +66,17 @@ def encode_keyframe_prompt(visual_tokenizer, keyframe_decoder, indices):
     """
     decoded = visual_tokenizer.decode(indices)
     longest = int(decoded.num_tokens.max())
-    features = decoded.features[:, :longest].to(keyframe_decoder.device, keyframe_decoder.dtype)
-    output = keyframe_decoder(features, decoded.num_tokens.to(keyframe_decoder.device))
+    features = decoded.features[:, :longest].to(device, keyframe_decoder.dtype)
+    output = keyframe_decoder(features, decoded.num_tokens.to(device))
     return output.prompt_embeds, output.pooled_prompt_embeds
 
 
 def prepare_keyframe_latents(
     unet, vae, scheduler, batch_size, height, width, *, dtype, device, generator=None, latents=None
 ):
-    """Initial latents (batch, 4, height / 8, width / 8): standard normal, times the scheduler's `init_noise_sigma`.
+    """Initial latents (batch, 4, height / 8, width / 8): standard normal times `training_noise_sigma`.
 
-    `scheduler.set_timesteps` must have been called. `latents` replaces the standard normal draw.
+    `latents` replaces the standard normal draw.
     """
     scale = vae_scale_factor(vae)
     shape = (batch_size, unet.config.in_channels, height // scale, width // scale)
@@ -83,14 +84,23 @@ def prepare_keyframe_latents(
         latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     elif tuple(latents.shape) != shape:
         raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
-    return latents.to(device, dtype) * scheduler.init_noise_sigma
+    return latents.to(device, dtype) * training_noise_sigma(scheduler)
+
+
+def training_noise_sigma(scheduler):
+    """The scheduler's `init_noise_sigma` before any `set_timesteps`, that is over all training steps.
+
+    The released code scales the initial noise before it sets the inference steps. It is the same number for DDIM (1); for
+    ancestral Euler it is 14.65 whatever the number of steps.
+    """
+    return type(scheduler).from_config(scheduler.config).init_noise_sigma
 
 
 def renoise_keyframes(vae, scheduler, images, start_step, *, generator=None, noise=None):
     """Latents that link a clip's keyframe to the previous clip: its last frame, noised to `timesteps[start_step]`.
 
-    The paper describes DDIM inversion; the released code adds noise. It also multiplies by `init_noise_sigma`, which is 1
-    for DDIM and too much for ancestral Euler; kept as released.
+    The paper describes DDIM inversion; the released code adds noise. It also multiplies by `init_noise_sigma`, which is
+    1 for DDIM and too much for ancestral Euler; kept as released.
 
     Args:
         images: (batch, 3, height, width) in [-1, 1].
@@ -101,7 +111,7 @@ def renoise_keyframes(vae, scheduler, images, start_step, *, generator=None, noi
         (batch, 4, height / 8, width / 8), to be passed to `denoise_keyframes` with the same `start_step`.
     """
     with _decodable(vae):
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        latents = vae.encode(images.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
     if noise is None:
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     timestep = scheduler.timesteps[start_step : start_step + 1].to(latents.device)
@@ -186,12 +196,12 @@ def _generator_option(scheduler, generator):
     return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-# -------------------------------------------------------------------------------------------- keyframe + motion -> video
+# ------------------------------------------------------------------------------------------- keyframe + motion -> video
 
 
 def encode_motion_condition(motion_encoder, motion):
     """Condition tokens (batch, num_frames, grid * grid, channels) of raw motion maps (batch, 2, num_frames, h, w)."""
-    return motion_encoder(motion.to(motion_encoder.device, motion_encoder.dtype))
+    return motion_encoder(motion.to(motion_encoder.dtype))
 
 
 def encode_video_keyframe(vae, images, noise_aug_strength=0.02, *, generator=None, noise=None):
@@ -205,7 +215,7 @@ def encode_video_keyframe(vae, images, noise_aug_strength=0.02, *, generator=Non
         noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     noisy = images + noise_aug_strength * noise.to(images)
     with _decodable(vae):
-        return vae.encode(noisy.to(vae.device, vae.dtype)).latent_dist.mode()
+        return vae.encode(noisy.to(vae.dtype)).latent_dist.mode()
 
 
 def denoise_video(
@@ -302,7 +312,7 @@ def denoise_video(
 def decode_video(vae, latents, decode_chunk_size=8):
     """Latents (batch, num_frames, 4, h, w) to frames (batch, 3, num_frames, height, width), about [-1, 1].
 
-    The temporal decoder sees `decode_chunk_size` frames at a time, which changes the picture slightly: 8 is the model's.
+    The temporal decoder sees `decode_chunk_size` frames at a time, which changes the picture slightly: 8 is usual.
     """
     latents = latents / vae.config.scaling_factor
     chunks = []
@@ -325,5 +335,6 @@ __all__ = [
     "image_to_tensor",
     "prepare_keyframe_latents",
     "renoise_keyframes",
+    "training_noise_sigma",
     "vae_scale_factor",
 ]
