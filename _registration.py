@@ -21,11 +21,12 @@ def _resolve(name):
 
 
 class _LazyEntries(dict):
-    """The dictionary of extra entries of a transformers registry; what is `_Pending` in it is looked up when it is asked for.
+    """The dictionary of extra entries of a transformers registry; what is `_Pending` in it is looked up when it is
+    asked for.
 
-    Values may be pending, and so may keys: registries keyed by configuration class know ours by name until somebody asks.
-    Importing them earlier would be circular, since a configuration with a transformers configuration inside imports the
-    registries itself.
+    Values may be pending, and so may keys: registries keyed by configuration class know ours by name until somebody
+    asks. Importing them earlier would be circular, since a configuration with a transformers configuration inside
+    imports the registries itself.
     """
 
     def __init__(self, *args):
@@ -64,7 +65,10 @@ class _LazyEntries(dict):
         return super().__iter__()
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def keys(self):
         self._find_all()

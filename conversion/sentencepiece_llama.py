@@ -1,9 +1,9 @@
 """Turns LLaMA's `tokenizer.model` (sentencepiece BPE) into a tokenizer of transformers with exactly its ids.
 
 transformers' own conversion orders the merges by piece id. LLaMA's pieces of several spaces have low ids but the lowest
-scores, so "two  spaces" would get other ids than sentencepiece gives. Here merges are ordered by score, every piece of text
-between special tokens gets its own leading space (what transformers 4 called `legacy`), and the result is checked
-against sentencepiece. Saved and loaded again it is the same, because all of this lies in `tokenizer.json`.
+scores, so "two  spaces" would get other ids than sentencepiece gives. Here merges are ordered by score, every piece
+of text between special tokens gets its own leading space (what transformers 4 called `legacy`), and the result is
+checked against sentencepiece. Saved and loaded again it is the same, because all of this lies in `tokenizer.json`.
 """
 
 from pathlib import Path

@@ -125,8 +125,8 @@ class VideoLavitConfig(PreTrainedConfig):
             return
         if visual.projection_dim != self.text_config.hidden_size:
             raise ValueError(
-                f"visual_tokenizer_config.projection_dim is {visual.projection_dim}, but the language model reads features of "
-                f"width {self.text_config.hidden_size}"
+                f"visual_tokenizer_config.projection_dim is {visual.projection_dim}, but the language model reads "
+                f"features of width {self.text_config.hidden_size}"
             )
         if visual.codebook_size > self.num_visual_codes or motion.codebook_size > self.num_motion_codes:
             raise ValueError(

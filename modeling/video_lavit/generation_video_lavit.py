@@ -124,7 +124,7 @@ class VideoLavitGenerationMixin(GenerationMixin):
         device = self.get_input_embeddings().weight.device
         prompts = [torch.cat([p, p.new_tensor([start])]) for p in self._clean_prompts(prompts, device)]
         batch_size = len(prompts)
-        if not 1 <= max_new_tokens or not 0 <= min_new_tokens:
+        if max_new_tokens < 1 or min_new_tokens < 0:
             raise ValueError(f"max_new_tokens {max_new_tokens} and min_new_tokens {min_new_tokens}: 1 and 0 or more")
         generators = list(generator) if isinstance(generator, (list, tuple)) else None
         if generators is not None and len(generators) != batch_size:
@@ -217,8 +217,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
         limit = self.config.text_config.max_position_embeddings
         if length > limit:
             raise ValueError(
-                f"the prompt and the ids to write make {length} positions, more than the language model's {limit}; shorten the "
-                "prompt, write fewer clips or lower max_new_tokens"
+                f"the prompt and the ids to write make {length} positions, more than the language model's {limit}; "
+                "shorten the prompt, write fewer clips or lower max_new_tokens"
             )
 
 

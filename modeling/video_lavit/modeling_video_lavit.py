@@ -266,8 +266,8 @@ class VideoLavitModel(VideoLavitPreTrainedModel):
         outside = text_ids[(text_ids < 0) | (text_ids >= vocab_size)]
         if len(outside):
             raise ValueError(
-                f"id {int(outside[0])} is outside the vocabulary (0 .. {vocab_size - 1}) and is neither the image placeholder "
-                f"{self.config.image_token_id} nor the video placeholder {self.config.video_token_id}"
+                f"id {int(outside[0])} is outside the vocabulary (0 .. {vocab_size - 1}) and is neither the image "
+                f"placeholder {self.config.image_token_id} nor the video placeholder {self.config.video_token_id}"
             )
 
     def _clips_per_video(self, pixel_values_videos, motion_values, num_clips):
@@ -277,8 +277,9 @@ class VideoLavitModel(VideoLavitPreTrainedModel):
             return []
         if pixel_values_videos.ndim not in (4, 5) or motion_values.ndim != pixel_values_videos.ndim + 1:
             raise ValueError(
-                f"pixel_values_videos {tuple(pixel_values_videos.shape)} and motion_values {tuple(motion_values.shape)}: expected "
-                "(clips, 3, height, width) and (clips, 2, frames, height, width), or both with the videos' axis in front"
+                f"pixel_values_videos {tuple(pixel_values_videos.shape)}, motion_values {tuple(motion_values.shape)}: "
+                "expected (clips, 3, height, width) and (clips, 2, frames, height, width), or both with the videos' "
+                "axis in front"
             )
         leading = pixel_values_videos.ndim - 3
         if pixel_values_videos.shape[:leading] != motion_values.shape[:leading]:
@@ -445,7 +446,10 @@ class VideoLavitForCausalLM(VideoLavitPreTrainedModel, VideoLavitGenerationMixin
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "What happens?"}]}]
+        [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "Where?"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
     )
     ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     print(processor.post_process_answers(ids[:, inputs["input_ids"].shape[1] :]))
