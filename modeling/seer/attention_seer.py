@@ -37,20 +37,17 @@ class SeerRotaryEmbedding(nn.Module):
             raise ValueError(f"angle_dtype must be 'float32' or 'float16', got {angle_dtype!r}")
         self.dim = dim
         self.angle_dtype = getattr(torch, angle_dtype)
-        # Persistent, because released files hold it.
-        self.register_buffer("freqs", 1.0 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+        # Released files hold the frequencies. The angles are nevertheless made of fresh ones, so that a model that is
+        # (or once was) cast to half precision does not compute with rounded frequencies.
+        self.register_buffer("freqs", self.frequencies())
 
-    def _apply(self, fn, recurse=True):
-        # Casting the model to half precision must not round the frequencies.
-        freqs = self.freqs
-        super()._apply(fn, recurse)
-        if self.freqs.dtype != torch.float32:
-            self.freqs = freqs.to(self.freqs.device, torch.float32)
-        return self
+    def frequencies(self, device=None):
+        """float32 (dim / 2,): radians per position of every pair."""
+        return 1.0 / 10000 ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim)
 
     def angles(self, positions):
         """Positions (...) -> float32 angles (..., dim / 2) in radians, rounded as `angle_dtype` says."""
-        angles = positions.to(torch.float32)[..., None] * self.freqs
+        angles = positions.to(torch.float32)[..., None] * self.frequencies(positions.device)
         return angles.to(self.angle_dtype).to(torch.float32)
 
     def forward(self, positions, dtype=torch.float32):
@@ -204,7 +201,7 @@ def from_windows(windows, window, shape):
 
 
 class SeerFeedForward(FeedForward):
-    """diffusers' GEGLU feed-forward, in chunks of tokens where that is faster and lighter (see `_FEED_FORWARD_CHUNK`)."""
+    """diffusers' GEGLU feed-forward, in chunks of tokens where that is faster (see `_FEED_FORWARD_CHUNK`)."""
 
     def __init__(self, dim):
         super().__init__(dim, activation_fn="geglu")
@@ -233,8 +230,8 @@ class SeerTextTransformerBlock(nn.Module):
         self.ff = SeerFeedForward(dim)
 
     def forward(self, hidden_states, encoder_hidden_states):
-        """`hidden_states`: (batch * num_frames, tokens, dim). `encoder_hidden_states`: (batch * num_frames, text tokens,
-        width) for one text per frame, or (batch, text tokens, width) for a text all frames share."""
+        """`hidden_states`: (batch * num_frames, tokens, dim). `encoder_hidden_states`: (batch * num_frames, text
+        tokens, width) for one text per frame, or (batch, text tokens, width) for a text all frames share."""
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
         query = self.norm2(hidden_states)
         # A query attends alone, so the frames of a sample that share a text are one long sequence of queries.

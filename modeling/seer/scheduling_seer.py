@@ -10,8 +10,8 @@ from diffusers.utils.torch_utils import randn_tensor
 class SeerDDIMScheduler(SchedulerMixin, ConfigMixin):
     """DDIM for models that predict the noise, with three habits diffusers' `DDIMScheduler` does not have together:
 
-    - The noise schedule is that of latent diffusion (square of linspace(sqrt(1e-4), sqrt(2e-2))), not the one of Stable
-      Diffusion (0.00085 to 0.012) the models are trained with. For the latter pass `beta_start=0.00085, beta_end=0.012`.
+    - The noise schedule is that of latent diffusion (square of linspace(sqrt(1e-4), sqrt(2e-2))), not the one of
+      Stable Diffusion the models are trained with. For the latter pass `beta_start=0.00085, beta_end=0.012`.
     - Timesteps are 1, 1 + c, 1 + 2c, ... up to the number of training steps, with c = num_train_timesteps //
       num_inference_steps; that can be one step more than asked for (31 for 30).
     - The last step goes to the noise level of timestep 0, not to a clean sample.
@@ -19,7 +19,7 @@ class SeerDDIMScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps: length of the noise schedule.
         beta_start, beta_end: its ends.
-        beta_schedule: "scaled_linear", the only one there is; named so that other schedulers can be made of this config.
+        beta_schedule: "scaled_linear", the only one; named so that other schedulers can be made of this config.
     """
 
     order = 1
@@ -61,8 +61,8 @@ class SeerDDIMScheduler(SchedulerMixin, ConfigMixin):
             known = [n for n in range(1, total + 1) if self._works(n)]
             near = sorted(sorted(known, key=lambda n: abs(n - num_inference_steps))[:2])
             raise ValueError(
-                f"{num_inference_steps} inference steps are not possible: of the timesteps 1 + i * ({total} // steps) one "
-                f"would be {total} or there would be none; try {' or '.join(map(str, near))}"
+                f"{num_inference_steps} inference steps are not possible: of the timesteps 1 + i * ({total} // steps) "
+                f"one would be {total} or there would be none; try {' or '.join(map(str, near))}"
             )
         self.num_inference_steps = num_inference_steps
         steps = torch.arange(0, total, total // num_inference_steps) + 1

@@ -66,7 +66,6 @@ class SeerTextDecomposer(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["rotary_emb"]
     _no_split_modules = ["SeerTextDecomposerLayer"]
     _repeated_blocks = ["SeerTextTransformerBlock", "SeerTemporalTransformerBlock"]
     _skip_layerwise_casting_patterns = ["norm", "rotary_emb"]

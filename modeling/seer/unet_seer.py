@@ -186,9 +186,7 @@ class _SeerBlock(nn.Module):
             self.attentions = nn.ModuleList(
                 [SeerTransformer3DModel(**head, cross_attention_dim=text_dim) for _ in range(count)]
             )
-            self.temporal_attentions = nn.ModuleList(
-                [SeerTransformer3DModel(**head, **temporal) for _ in range(count)]
-            )
+            self.temporal_attentions = nn.ModuleList([SeerTransformer3DModel(**head, **temporal) for _ in range(count)])
         self.gradient_checkpointing = False
 
     def _run(self, layer, *inputs):
@@ -357,7 +355,7 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As of diffusers' `ModelMixin`; keeps convolution weights channels-last in memory, the layout `forward` uses."""
+        """As of diffusers' `ModelMixin`; puts convolution weights into the memory layout `forward` uses."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.to(memory_format=torch.channels_last)
@@ -462,11 +460,15 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
         batch_size, _, num_frames, height, width = sample.shape
         expected = (batch_size, num_frames, self.config.cross_attention_dim)
-        if encoder_hidden_states.ndim != 4 or (
-            encoder_hidden_states.shape[0],
-            encoder_hidden_states.shape[1],
-            encoder_hidden_states.shape[3],
-        ) != expected:
+        if (
+            encoder_hidden_states.ndim != 4
+            or (
+                encoder_hidden_states.shape[0],
+                encoder_hidden_states.shape[1],
+                encoder_hidden_states.shape[3],
+            )
+            != expected
+        ):
             raise ValueError(
                 "`encoder_hidden_states` must hold one text sequence per frame, (batch, num_frames, tokens, width) = "
                 f"({expected[0]}, {expected[1]}, tokens, {expected[2]}), got {tuple(encoder_hidden_states.shape)}"
@@ -510,7 +512,9 @@ def unet_config_from_2d(config):
     """
     config = dict(config)
     wrong = [
-        f"{name}={config[name]!r}" for name, known in _SD1_SETTINGS.items() if name in config and config[name] not in known
+        f"{name}={config[name]!r}"
+        for name, known in _SD1_SETTINGS.items()
+        if name in config and config[name] not in known
     ]
     levels = len(config.get("block_out_channels", (320, 640, 1280, 1280)))
     down = ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
