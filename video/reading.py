@@ -95,15 +95,14 @@ def iter_video(
 
 
 def _chunks(request, chunk_frames, transform):
-    times, frames, delivered = [], [], 0
+    times, frames = [], []
     for time, pixels in request.select():
         if len(frames) == chunk_frames:  # held back until another frame comes: the last piece carries the verdict
             yield request.clip(times, frames, last=False)
             times, frames = [], []
         times.append(time)
         frames.append(pixels if transform is None else transform(pixels))
-        delivered += 1
-    yield request.clip(times, frames, delivered=delivered)
+    yield request.clip(times, frames)
 
 
 class _Request:
@@ -331,16 +330,20 @@ class _Request:
             pixels = (blended + 0.5).astype(np.uint8)
         return pixels
 
-    def clip(self, times, frames, last=True, delivered=None):
-        """The clip of selected frames; `last` pieces carry the notes."""
-        if not frames and not (delivered and last):
+    def clip(self, times, frames, last=True):
+        """The clip of selected frames, which are taken out of the list; the `last` piece carries the notes."""
+        if not frames:
             self.fail(self.notes[0] if self.notes else self.source.problem or "no frames came")
         shapes = {frame.shape for frame in frames}
         if len(shapes) > 1:
             self.fail(f"the frames change size: {sorted(shapes)}; convert the file to one size first")
         times = np.asarray(times, dtype=np.float64)
         note = "; ".join(dict.fromkeys(self.notes)) if last and self.notes else None
-        return VideoClip(np.stack(frames), self._rate(times), times, str(self.path), note is None, note)
+        stacked = np.empty((len(frames), *frames[0].shape), dtype=frames[0].dtype)
+        for index in range(len(frames)):
+            stacked[index] = frames[index]
+            frames[index] = None  # freed as it goes: the video is held once, not twice
+        return VideoClip(stacked, self._rate(times), times, str(self.path), note is None, note)
 
     def _rate(self, times):
         if self.fps is not None:

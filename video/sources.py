@@ -114,6 +114,8 @@ class FileSource:
         if library and self._stream.metadata.get("alpha_mode") == "1" and library in av.codecs_available:
             self._alpha_decoder = av.CodecContext.create(library, "r")
         self._one_to_one = self._stream.codec_context.name in _ONE_FRAME_PER_PACKET
+        # Packets carry exact presentation times, and seeking lands on a keyframe at or before the target.
+        self.seekable = self._one_to_one and self._container.format.name.startswith(("mov", "matroska"))
 
     def _decode(self, packet):
         if self._alpha_decoder is None:
@@ -139,18 +141,15 @@ class FileSource:
                     if packet.pts is None or packet.is_corrupt:
                         return None
                     stamps.append(packet.pts)
-            self._container.seek(0)
         except av.error.FFmpegError:
             return None
-        if not stamps or len(set(stamps)) != len(stamps) or len(stamps) > (self._stream.frames or len(stamps)):
+        finally:
+            declared = self._stream.frames
+            self.close()
+        if not stamps or len(set(stamps)) != len(stamps) or len(stamps) > (declared or len(stamps)):
             return None
         stamps.sort()
         return [(stamp - stamps[0]) * self.tick for stamp in stamps]
-
-    @property
-    def seekable(self):
-        """Whether packets carry exact presentation times and seeking lands on a keyframe at or before the target."""
-        return self._one_to_one and self._container.format.name.startswith(("mov", "matroska"))
 
     def frames(self, start=0.0):
         """Yields the frames in presentation order. Afterwards `problem` says what was lost, if anything.

@@ -37,7 +37,7 @@ _FORMATS = {
     ".webm": _Format("webm", "libvpx-vp9", "yuv420p", {"b": "0", "row-mt": "1", "cpu-used": "4"}, crf=24),
     ".avi": _Format("avi", "libx264", "yuv420p", _X264, crf=18),
     ".gif": _Format("gif", "gif", "pal8"),
-    ".webp": _Format("webp", "libwebp_anim", "yuv420p", {"quality": "90", "loop": "0"}, muxer_options={"loop": "0"}),
+    ".webp": _Format("webp", "libwebp_anim", "yuv420p", {"quality": "90"}, muxer_options={"loop": "0"}),
 }
 
 
@@ -137,6 +137,8 @@ class VideoWriter:
         self.path = Path(path)
         self.fps = _rate(fps)
         self.num_frames = 0
+        if crf is not None and not (isinstance(crf, Real) and 0 <= crf <= 63):
+            raise ValueError(f"crf must be between 0 and 63, got {crf!r}")
         self._size = None
         self._backend = None
         self._closed = False
@@ -260,10 +262,17 @@ class _FileBackend:
             except (av.codec.codec.UnknownCodecError, ValueError) as error:
                 raise ValueError(f"{path}: {form.muxer} files cannot hold codec {name!r}: {error}") from error
             self._stream.width, self._stream.height = width, height
-            self._stream.pix_fmt = pixel_format
+            try:
+                self._stream.pix_fmt = pixel_format
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             self._stream.codec_context.time_base = 1 / fps
             self._count = 0
             self._time_base = 1 / fps
+            self._stream.codec_context.open()
+            unknown = sorted(self._stream.codec_context.options)  # what the encoder did not take
+            if unknown:
+                raise ValueError(f"{path}: encoder {name!r} has no option {', '.join(unknown)}")
         except BaseException:
             self.discard()
             raise
