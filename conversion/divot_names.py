@@ -1,10 +1,21 @@
 """Name tables of Divot's networks: the original checkpoints' names and ours, in both directions."""
 
-from .mapping import Rename, StateDictMapping, drop_ones, split_rows
+from .mapping import Convert, Rename, StateDictMapping, drop_ones, split_rows
 
 
 def _value(config, key):
     return config[key] if isinstance(config, dict) else getattr(config, key)
+
+
+def prefixed(mapping, prefix):
+    """The same table for original names that all start with `prefix`."""
+    rules = []
+    for rule in mapping.rules:
+        if isinstance(rule, Rename):
+            rules.append(Rename(prefix + rule.original, rule.hf))
+        else:
+            rules.append(Convert([prefix + name for name in rule.originals], rule.hfs, rule.forward, rule.backward))
+    return StateDictMapping(rules, keep_unmatched=mapping.keep_unmatched)
 
 
 def _resnet(original, hf):
@@ -214,4 +225,4 @@ def tokenizer_mapping(config=None):
     return StateDictMapping(rules, keep_unmatched=False)
 
 
-__all__ = ["clip_vision_mapping", "resampler_mapping", "tokenizer_mapping", "unet_mapping", "vae_mapping"]
+__all__ = ["clip_vision_mapping", "prefixed", "resampler_mapping", "tokenizer_mapping", "unet_mapping", "vae_mapping"]

@@ -73,7 +73,9 @@ class DivotTokenizerConfig(PreTrainedConfig):
             ("hidden_size", "num_attention_heads"),
         ):
             if getattr(self, heads) < 1 or getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads")
+                raise ValueError(
+                    f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads"
+                )
         for name in ("num_frames", "pool_size", "num_features", "feature_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

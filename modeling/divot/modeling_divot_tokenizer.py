@@ -128,7 +128,7 @@ class DivotTokenizerLayer(GradientCheckpointingLayer):
 
 
 class DivotTemporalEncoder(nn.Module):
-    """Transformer over the frames of every patch: (batch * num_patches, num_frames, image width) -> (..., hidden_size)."""
+    """Transformer over time, (batch * num_patches, num_frames, image width) -> (..., hidden_size)."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,8 +261,9 @@ class DivotTokenizerModel(DivotTokenizerPreTrainedModel):
         frames = self.config.num_frames
         if pixel_values_videos.ndim != 5 or tuple(pixel_values_videos.shape[1:3]) != (frames, 3):
             raise ValueError(
-                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (batch, {frames}, 3, height, "
-                f"width). Clips have exactly {frames} frames: `DivotVideoProcessor` chooses them, and repeats a still image"
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (batch, {frames}, 3, "
+                f"height, width). Clips have exactly {frames} frames: `DivotVideoProcessor` chooses them and repeats a "
+                "still image"
             )
         batch = pixel_values_videos.shape[0]
         pixels = self.preprocess_pixels(pixel_values_videos.flatten(0, 1))

@@ -1,10 +1,13 @@
 """The perceiver resampler Divot uses twice: as the last stage of the tokenizer (video tokens -> 64 features) and in
 front of the de-tokenizer's U-Net (64 features -> 125 condition tokens)."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from torch import nn
 
 
@@ -76,6 +79,17 @@ class DivotPerceiverResampler(nn.Module):
         return self.norm_out(self.proj_out(latents))
 
 
+@dataclass
+class DivotFeatureResamplerOutput(BaseOutput):
+    """What `DivotFeatureResampler` returns.
+
+    Attributes:
+        encoder_hidden_states: condition tokens (batch, num_queries, cross_attention_dim).
+    """
+
+    encoder_hidden_states: torch.Tensor
+
+
 class DivotFeatureResampler(ModelMixin, ConfigMixin):
     """Turns Divot features into the condition of `DivotUNet3DConditionModel`.
 
@@ -111,13 +125,16 @@ class DivotFeatureResampler(ModelMixin, ConfigMixin):
             feature_dim, dim, cross_attention_dim, num_queries, num_layers, num_heads, head_dim
         )
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, return_dict: bool = True
+    ) -> DivotFeatureResamplerOutput | tuple[torch.Tensor]:
         """
         Args:
             features: (batch, num_features, feature_dim).
+            return_dict: return an output object instead of a tuple.
 
         Returns:
-            Condition tokens (batch, num_queries, cross_attention_dim).
+            `DivotFeatureResamplerOutput` with the condition tokens.
 
         Raises:
             ValueError: another number or width of features.
@@ -127,4 +144,5 @@ class DivotFeatureResampler(ModelMixin, ConfigMixin):
                 f"features have shape {tuple(features.shape)}; expected (batch, {self.config.num_features}, "
                 f"{self.config.feature_dim})"
             )
-        return self.perceiver(features)
+        tokens = self.perceiver(features)
+        return DivotFeatureResamplerOutput(encoder_hidden_states=tokens) if return_dict else (tokens,)

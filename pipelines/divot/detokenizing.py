@@ -171,18 +171,21 @@ def decode_latents(vae, latents: torch.Tensor, decode_chunk_size: int = 4) -> to
     return decoded.unflatten(0, (batch, num_frames)).transpose(1, 2)
 
 
-def to_output_type(video: torch.Tensor, output_type: str):
-    """Video (batch, 3, num_frames, height, width) in [-1, 1] -> frames as described in `DivotVideoOutput`.
+def to_images(frames: torch.Tensor) -> list[PIL.Image.Image]:
+    """Frames (num_frames, 3, height, width) in [0, 1] -> images, truncated to 8 bits as the original does when it
+    writes a video."""
+    arrays = (frames * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [PIL.Image.fromarray(array) for array in arrays]
 
-    Images of "pil" truncate to 8 bits, as the original does when it writes a video.
-    """
+
+def to_output_type(video: torch.Tensor, output_type: str):
+    """Video (batch, 3, num_frames, height, width) in [-1, 1] -> frames as described in `DivotVideoOutput`."""
     frames = (video.clamp(-1, 1) + 1) / 2
     if output_type == "pt":
         return frames.transpose(1, 2)
-    arrays = frames.permute(0, 2, 3, 4, 1).cpu().numpy()
     if output_type == "np":
-        return arrays
-    return [[PIL.Image.fromarray(image) for image in (clip * 255).astype(np.uint8)] for clip in arrays]
+        return frames.permute(0, 2, 3, 4, 1).cpu().numpy()
+    return [to_images(clip) for clip in frames.transpose(1, 2)]
 
 
 @torch.no_grad()
@@ -245,10 +248,10 @@ def decode_features(
         callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
     )
     device, dtype = placement(resampler)
-    context = resampler(features.to(device, dtype))
+    context = resampler(features.to(device, dtype)).encoder_hidden_states
     unconditional_context = None
     if unconditional_features is not None and guidance_scale != 1.0:
-        unconditional_context = resampler(unconditional_features.to(device, dtype))
+        unconditional_context = resampler(unconditional_features.to(device, dtype)).encoder_hidden_states
 
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     size = (height or unet.config.sample_size * scale, width or unet.config.sample_size * scale)
