@@ -1,6 +1,7 @@
 """Video-LaVIT's networks other than the language model: configurations, names, and how the released files fill them.
 
-Every network keeps the authors' names, so most mappings are identities; what differs is how files split and prefix them.
+Every network keeps the authors' names, so most mappings are identities; what differs is how the files split and
+prefix them.
 """
 
 import json
@@ -226,7 +227,7 @@ def _identity(config=None):
     return StateDictMapping()
 
 
-COMPONENTS_PARTS = {name: _identity for name in _BUILDERS}
+COMPONENTS_PARTS = dict.fromkeys(_BUILDERS, _identity)
 COMPONENTS_PARTS["eva_encoder"] = lambda config=None: prefixed("encoder.")
 COMPONENTS_PARTS["prefixed_unet"] = lambda config=None: StateDictMapping(
     (Rename("unet.**", "**"),), keep_unmatched=False
@@ -284,6 +285,10 @@ def manifest_parts_parts(stem, manifest):
 # ------------------------------------------------------------------------------------------------- the authors' folder
 
 
+# Names that several of the folders use: such a file is only recognised with its folders' names.
+_COMMON_NAMES = ("diffusion_pytorch_model", "pytorch_model", "config.json", "scheduler_config.json")
+
+
 class OriginalFolder:
     """The authors' Hub folder, or the single files of it that were given, read one network at a time.
 
@@ -307,7 +312,8 @@ class OriginalFolder:
                 on_the_way = skip == 0 or path.parts[-skip:] == wanted.parts[:skip]
                 if path.is_dir() and on_the_way and candidate.exists():
                     return candidate
-            if path.name == wanted.name and (path.is_file() or path.parts[-len(wanted.parts) :] == wanted.parts):
+            named = path.name == wanted.name and not path.name.startswith(_COMMON_NAMES)
+            if path.parts[-len(wanted.parts) :] == wanted.parts or (path.is_file() and named):
                 return path
         if required:
             given = ", ".join(str(path) for path in self.paths)

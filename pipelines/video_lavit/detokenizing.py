@@ -90,8 +90,8 @@ def prepare_keyframe_latents(
 def training_noise_sigma(scheduler):
     """The scheduler's `init_noise_sigma` before any `set_timesteps`, that is over all training steps.
 
-    The released code scales the initial noise before it sets the inference steps. It is the same number for DDIM (1); for
-    ancestral Euler it is 14.65 whatever the number of steps.
+    The released code scales the initial noise before it sets the inference steps. It is the same number for DDIM (1);
+    for ancestral Euler it is 14.65 whatever the number of steps.
     """
     return type(scheduler).from_config(scheduler.config).init_noise_sigma
 

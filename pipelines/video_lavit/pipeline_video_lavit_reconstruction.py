@@ -31,8 +31,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class VideoLavitVideoOutput(BaseOutput):
     """
     Args:
-        frames: videos: list of lists of PIL images ("pil"), array (batch, num_frames, height, width, 3) ("np") or tensor
-            (batch, num_frames, 3, height, width) ("pt"), both in [0, 1]; latents for "latent".
+        frames: videos: list of lists of PIL images ("pil"), array (batch, num_frames, height, width, 3) ("np") or
+            tensor (batch, num_frames, 3, height, width) ("pt"), both in [0, 1]; latents for "latent".
     """
 
     frames: list | np.ndarray | torch.Tensor
@@ -78,7 +78,8 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
             The video de-tokenizer.
         motion_processor ([`VideoLavitMotionProcessor`]): reads videos; a default one if None.
         motion_tokenizer ([`VideoLavitMotionTokenizer`]): for motion codes.
-        visual_tokenizer ([`VideoLavitVisualTokenizer`]), image_processor ([`VideoLavitImageProcessor`]): for visual codes.
+        visual_tokenizer ([`VideoLavitVisualTokenizer`]), image_processor ([`VideoLavitImageProcessor`]):
+            For visual codes.
         keyframe_decoder ([`VideoLavitKeyframeDecoder`]), keyframe_unet ([`~diffusers.UNet2DConditionModel`]),
         keyframe_vae ([`~diffusers.AutoencoderKL`]), keyframe_scheduler ([`~diffusers.DDIMScheduler`] or
         [`~diffusers.EulerAncestralDiscreteScheduler`]):
@@ -347,8 +348,8 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         Args:
             video: path, file object or `MotionVectors`, or a list of such. Keyframe and motion are read from it.
             image: keyframe(s) instead of the video's: image or list of images (path, PIL, array, tensor).
-            motion (`torch.Tensor`): motion instead of a video: raw maps (batch, 2, num_frames, height / 8, width / 8), or
-                with `quantize_motion` maps for the motion tokenizer (batch, 2, 24, 20, 36), scaled by ten.
+            motion (`torch.Tensor`): motion instead of a video: raw maps (batch, 2, num_frames, height / 8, width / 8),
+                or with `quantize_motion` maps for the motion tokenizer (batch, 2, 24, 20, 36), scaled by ten.
             image_indices: keyframes as visual codes, a list of 1-d tensors.
             motion_indices (`torch.LongTensor`): motion as codes, (batch, 135) or (batch, 3, 5, 9).
             quantize_motion: pass the motion through its codes.
@@ -358,13 +359,13 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
             motion_fps: frames per second the video is re-encoded at; default: the motion processor's (6). The authors'
                 example of raw motion uses 12.
             min_guidance_scale, guidance_scale: guidance of the first and of the last frame, linear in between.
-            fps, motion_bucket_id, noise_aug_strength: what the network is told; the last is also the strength of the noise
-                on the keyframe.
+            fps, motion_bucket_id, noise_aug_strength: what the network is told; the last is also the strength of
+                the noise on the keyframe.
             cond_on_ref_frame: guide towards the keyframe as well (the unconditional branch does not see it).
             decode_chunk_size: frames the VAE decodes together.
             keyframe_num_inference_steps, keyframe_guidance_scale: see `reconstruct_images`, for keyframes from codes.
-            generator: `torch.Generator`, or a list with one per clip. Drawn in this order: keyframe codes and noise (where
-                used), noise on the keyframe, initial latents.
+            generator: `torch.Generator`, or a list with one per clip. Drawn in this order: keyframe codes and noise
+                (where used), noise on the keyframe, initial latents.
             latents: standard normal initial latents (batch, num_frames, 4, height / 8, width / 8).
             image_noise: standard normal noise on the keyframe (batch, 3, height, width).
             output_type: "pil", "np", "pt" or "latent".

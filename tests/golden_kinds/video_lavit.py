@@ -428,7 +428,7 @@ def video_detokenizer(case):
         condition = detokenizing.encode_motion_condition(motion_encoder, motion)
         image_latents = detokenizing.encode_video_keyframe(vae, image, options["noise_aug_strength"], noise=noise)
         inputs = []
-        hook = unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        hook = unet.register_forward_pre_hook(lambda module, args, into=inputs: into.append(args[0]))
         with Recorder(scheduler) as recorder:
             latents = detokenizing.denoise_video(
                 unet,
