@@ -25,8 +25,8 @@ _Loader.add_implicit_resolver(
 def read_original_config(source):
     """Returns the configuration as a dict; `source` is a path or an already parsed mapping.
 
-    `${a.b.c}` stands for the value at that path, as in OmegaConf. References to what the file does not hold (environment
-    variables, resolvers) stay as they are.
+    `${a.b.c}` stands for the value at that path, as in OmegaConf. References to what the file does not hold
+    (environment variables, resolvers) stay as they are.
 
     Raises:
         CheckpointError: the file is missing, is not valid yaml/json with a mapping at its top, or refers to itself.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoints, save_tensors, write_report
@@ -369,8 +370,8 @@ def config_from_original(original, version=None):
     arguments.update(_regularizer_arguments(name, regularizer, encoder["z_channels"]), **_loss_arguments(params))
     try:
         return make_config(arguments)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"original configuration: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise CheckpointError(f"original configuration: {' '.join(str(error).split())}") from error
 
 
 def _version(engine, params, encoder_target, decoder_target, version):

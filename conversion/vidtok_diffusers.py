@@ -1,8 +1,8 @@
 """VidTok configurations to and from diffusers' `AutoencoderVidTok`.
 
-The state dicts have the same names and shapes, so weights need no conversion. That class computes version 1.1 for causal
-models (and has no field that says so) and the non-causal model; it cannot represent version 1.0, group norm, or FSQ
-levels other than 8.
+The state dicts have the same names and shapes, so weights need no conversion. That class computes version 1.1 for
+causal models (and has no field that says so) and the non-causal model; it cannot represent version 1.0, group norm, or
+FSQ levels other than 8.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,12 @@ def config_from_diffusers(config, version=None):
 
     Args:
         config: the diffusers configuration.
-        version: of causal models only. By default "1.1", which is what the diffusers class computes; "1.0" if the
-            weights are of the first release (they load into that class without a complaint and give wrong output).
+        version: of causal models (ignored for others). By default "1.1", which is what the diffusers class computes;
+            "1.0" if the weights are of the first release (they load into that class without a complaint, and give
+            wrong output there).
 
     Raises:
-        ValueError: `version` is wrong or superfluous. CheckpointError: the configuration is contradictory.
+        ValueError: `version` is neither of them. CheckpointError: the configuration is contradictory.
     """
     from ..modeling.vidtok.configuration_vidtok import VidTokConfig
 
@@ -29,8 +30,6 @@ def config_from_diffusers(config, version=None):
     is_causal, regularizer = get("is_causal"), get("regularizer")
     if version not in (None, "1.0", "1.1"):
         raise ValueError(f'version must be "1.0" or "1.1", got {version!r}')
-    if not is_causal and version is not None:
-        raise ValueError(f"version={version!r} was given, but the model is not causal")
     if regularizer not in ("kl", "fsq") or get("double_z") != (regularizer == "kl"):
         raise CheckpointError(
             f"diffusers configuration: regularizer {regularizer!r} contradicts double_z = {get('double_z')}"
@@ -51,8 +50,8 @@ def config_from_diffusers(config, version=None):
     doublings = len(temporal_up & spatial_up)
     if len(temporal_down) != doublings or len(spatial_down) != len(spatial_up):
         raise CheckpointError(
-            f"diffusers configuration: the encoder halves space {len(spatial_down)} and time {len(temporal_down)} times, "
-            f"the decoder doubles them {len(spatial_up)} and {doublings} times"
+            f"diffusers configuration: the encoder halves space {len(spatial_down)} and time {len(temporal_down)} "
+            f"times, the decoder doubles them {len(spatial_up)} and {doublings} times"
         )
     return VidTokConfig(
         in_channels=get("in_channels"),

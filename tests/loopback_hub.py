@@ -1,13 +1,11 @@
 """A Hub on 127.0.0.1 for tests: keeps repositories in memory and answers the calls that pushing and loading make.
 
-`python tests/loopback_hub.py` prints its address and serves until it is killed; `serve()` does so in a thread. Every file is
-a "regular" file (part of the commit request), so no large-file storage is involved. `GET /history` lists the commits.
+Every file is a "regular" file (part of the commit request), so no large-file storage is involved.
 """
 
 import base64
 import hashlib
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -69,8 +67,6 @@ class Handler(BaseHTTPRequestHandler):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if self.server.read_only and self.command == "POST":
             return self._answer({"error": "You are not allowed to write here"}, 403)
-        if parts == ["history"]:
-            return self._answer({name: repository.commits for name, repository in self.repositories.items()})
         if parts == ["api", "whoami-v2"]:
             return self._answer({"name": OWNER, "type": "user", "orgs": []})
         if parts == ["api", "validate-yaml"]:
@@ -142,14 +138,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(read_only=False):
-    """Starts the server in a thread; returns it (`.address`, `.shutdown()`)."""
+    """Starts the server in a thread; returns it (`.address`, `.repositories`, `.shutdown()`)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repositories, server.read_only = {}, read_only
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
-
-
-if __name__ == "__main__":
-    print(serve("--read-only" in sys.argv).address, flush=True)
-    threading.Event().wait()

@@ -1,4 +1,4 @@
-"""Reading original checkpoints (every kind of bad input), strict loading, atomic output, original configuration files."""
+"""Reading original checkpoints (every kind of bad input), strict loading, atomic output, original configurations."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Pushing a converted folder, to a Hub on this machine. The client runs in a process of its own: it reads its endpoint and
-its offline switch when it is imported."""
+"""Pushing a converted folder, to a Hub on this machine. The client runs in a process of its own, because it reads its
+endpoint and its offline switch when it is imported."""
 
 import json
 import os
