@@ -113,7 +113,7 @@ class VideoLavitMotionProcessor(VideoProcessorMixin):
 
         Args:
             video: path, file object or `MotionVectors`.
-            height, width: size of the pictures to make, in pixels (multiples of 8).
+            height, width: size of the raw map in cells: the latent size, an eighth of the pictures'.
             start: index of the I-frame to start at; default: the first I-frame with a whole clip after it, else the
                 first one. Frames past the end of the video are without motion.
             fps: overrides the processor's (the authors' example uses 12).
@@ -123,10 +123,8 @@ class VideoLavitMotionProcessor(VideoProcessorMixin):
             `MotionClip`.
 
         Raises:
-            ValueError: no I-frame, or `start` is none; sizes that are no multiples of 8.
+            ValueError: no I-frame, or `start` is none.
         """
-        if height % 8 or width % 8 or height < 8 or width < 8:
-            raise ValueError(f"height and width must be multiples of 8, got {height} x {width}")
         motion = self.read(video, fps=fps, **options)
         if start is None:
             intra = [index for index, letter in enumerate(motion.frame_types) if letter == "I"]
@@ -136,7 +134,7 @@ class VideoLavitMotionProcessor(VideoProcessorMixin):
         if tokenized:
             maps = self._map(motion, start, self.height, self.width, True)
         else:
-            maps = self._map(motion, start, height // 8, width // 8, False)
+            maps = self._map(motion, start, height, width, False)
         return MotionClip(motion.keyframe(start), maps, start, motion.fps)
 
     def _map(self, motion, start, height, width, rescale):

@@ -148,7 +148,7 @@ def denoise_keyframes(
         guidance_scale: 1 or less switches guidance off.
         start_step: first of the scheduler's timesteps to run.
         original_size, target_size, crops_coords_top_left: SDXL's micro-conditioning; the sizes default to the image's.
-        progress_bar: context manager factory, called with the number of steps.
+        progress_bar: a pipeline's `progress_bar`, called with `total=` the number of steps.
         on_step_end: function (step, timestep, latents) -> latents.
 
     Returns:
@@ -164,7 +164,7 @@ def denoise_keyframes(
     conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.expand(len(prompt_embeds), -1)}
     step_options = _generator_option(scheduler, generator)
     timesteps = scheduler.timesteps[start_step:]
-    with progress_bar(len(timesteps)) if progress_bar else contextlib.nullcontext() as bar:
+    with progress_bar(total=len(timesteps)) if progress_bar else contextlib.nullcontext() as bar:
         for step, timestep in enumerate(timesteps):
             model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
             prediction = unet(
@@ -288,7 +288,7 @@ def denoise_video(
     latents = latents.to(device, dtype) * scheduler.init_noise_sigma
 
     step_options = _generator_option(scheduler, generator)
-    with progress_bar(num_inference_steps) if progress_bar else contextlib.nullcontext() as bar:
+    with progress_bar(total=num_inference_steps) if progress_bar else contextlib.nullcontext() as bar:
         for step, timestep in enumerate(scheduler.timesteps):
             model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
             prediction = unet(

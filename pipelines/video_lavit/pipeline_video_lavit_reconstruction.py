@@ -207,7 +207,7 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
             motion = torch.as_tensor(motion, dtype=torch.float32)
             if motion.ndim != 5 or motion.shape[1] != 2 or tuple(motion.shape[-2:]) != size:
                 raise ValueError(
-                    f"raw motion must be (batch, 2, num_frames, {size[0]}, {size[1]}), an eighth of the picture, got "
+                    f"raw motion must be (batch, 2, num_frames, {size[0]}, {size[1]}), the size of the latents, got "
                     f"{tuple(motion.shape)}; pass quantize_motion=True for maps of the motion tokenizer"
                 )
             return motion.to(self._execution_device)
@@ -387,11 +387,12 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
 
         # 2. Motion
+        scale = vae_scale_factor(self.vae)
         clips = None
         if videos is not None:
             clips = [
                 self._motion_processor().clip_for_reconstruction(
-                    one, height, width, start=start, fps=motion_fps, tokenized=quantize_motion
+                    one, height // scale, width // scale, start=start, fps=motion_fps, tokenized=quantize_motion
                 )
                 for one in videos
             ]
