@@ -24,7 +24,7 @@ _TRAINING_PREFIXES = {
 
 # ---------------------------------------------------------------------------------------------------------- releases
 
-_MIT = License("mit", link="https://github.com/microsoft/VidTok/blob/main/LICENSE")
+_MIT = License("mit", "MIT", "https://github.com/microsoft/VidTok/blob/main/LICENSE")
 _README = "README of microsoft/VidTok (https://github.com/microsoft/VidTok)"
 _UNPUBLISHED = (
     "The authors published this configuration, but the checkpoint is in neither their results table nor, judging by "
@@ -122,8 +122,8 @@ def _release(name, megabytes, numbers):
     ]
     kind = f"KL, {channels} channels" if levels is None else f"FSQ, {width} codes"
     limits = [
-        "Trained on clips of natural video at 3 frames per second, first at 128x128, then at 256x256; text, faces and "
-        "small or fast objects lose detail first."
+        "Trained on natural video at 3 frames per second, first at 128x128, then (the decoder only) at 256x256; other "
+        "material is compressed less faithfully."
     ]
     if regularizer == "kl":
         limits.append(
@@ -179,7 +179,7 @@ def card_facts(release):
     model = build(config)
     encoder = sum(parameter.numel() for parameter in model.encoder.parameters())
     decoder = sum(parameter.numel() for parameter in model.decoder.parameters())
-    time, space = config.temporal_compression_ratio, 2 ** len(config.spatial_downsample_levels)
+    time, space = config.temporal_compression_ratio, config.spatial_compression_ratio
     num_frames = 17 if config.is_causal else 16
     latent = (config.latent_channels, -(-num_frames // time), 256 // space, 256 // space)
     facts = [
@@ -188,7 +188,10 @@ def card_facts(release):
             f"{(encoder + decoder) / 1e6:.1f} M (encoder {encoder / 1e6:.1f} M, decoder {decoder / 1e6:.1f} M)",
         ),
         ("Compression", f"{time}x in time, {space}x{space} in space"),
-        (f"Latents of {num_frames} frames of 256x256", f"{latent[0]} x {latent[1]} x {latent[2]} x {latent[3]}"),
+        (
+            f"Latents of {num_frames} frames of 256x256",
+            " x ".join(map(str, latent)) + " (channels, time, height, width)",
+        ),
     ]
     if config.regularizer == "fsq":
         facts.append(("Codebook", f"levels {config.fsq_levels}, {math.prod(config.fsq_levels)} codes"))

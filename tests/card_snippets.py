@@ -1,4 +1,4 @@
-"""Runs the ```python blocks of a model card as a user would: in a process of their own, in a folder with what they need."""
+"""Runs the ```python blocks of a model card as a user would: in a process of their own, in a prepared folder."""
 
 import os
 import re

@@ -1,9 +1,10 @@
-"""Conversion of VidTok checkpoints: all releases on the meta device, original configurations, tiny checkpoints end to end."""
+"""Conversion of VidTok: all releases on the meta device, original configurations, tiny checkpoints end to end."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,13 +328,9 @@ def test_converted_folders_load(tmp_path, kind):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(KINDS[kind]))
     output = convert_checkpoint("vidtok", tmp_path / "x.ckpt", tmp_path / "out", original_config=tmp_path / "x.yaml")
     assert output == tmp_path / "out"
-    assert sorted(path.name for path in output.iterdir()) == [
-        "README.md",
-        "config.json",
-        "conversion.json",
-        "model.safetensors",
-        "video_preprocessor_config.json" if (output / "video_preprocessor_config.json").exists() else "preprocessor_config.json",
-    ]  # fmt: skip
+    names = {path.name for path in output.iterdir()}
+    processor_file = names - {"README.md", "config.json", "conversion.json", "model.safetensors"}
+    assert len(names) == 5 and len(processor_file) == 1 and "preprocessor_config.json" in processor_file.pop()
     model, info = AutoModel.from_pretrained(output, output_loading_info=True)
     assert not any(info.values()), info
     assert isinstance(model, VidTokModel)
@@ -352,7 +349,8 @@ def test_converted_folders_load(tmp_path, kind):
 def test_converted_folder_loads_in_a_fresh_process(tmp_path, checkpoint):
     output = convert_checkpoint("vidtok", checkpoint, tmp_path / "out", original_config=KINDS["v1.0 KL"])
     script = (
-        "import sys, torch, cinetok\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(sys.argv[1])\n"
+        "import sys, torch, cinetok\nfrom transformers import AutoModel\n"
+        "model = AutoModel.from_pretrained(sys.argv[1])\n"
         "print(type(model).__name__, sum(v.double().sum().item() for v in model.state_dict().values()))"
     )
     result = subprocess.run(
@@ -497,3 +495,36 @@ def test_converting_with_the_release_uses_its_configuration(tmp_path, monkeypatc
     assert json.loads((output / "conversion.json").read_text())["release"] == name
     card = ModelCard.load(output / "README.md")
     assert card.data.license == "mit" and card.data.eval_results and f'from_pretrained("{name}")' in card.text
+
+
+def _recorded_models():
+    folders = [
+        Path(__file__).parent / "goldens" / "vidtok",
+        Path(__file__).resolve().parents[2] / "shared/goldens/vidtok",
+    ]
+    found = []
+    for folder, marks in zip(folders, ((), (pytest.mark.shared,))):
+        for config in sorted(folder.glob("*/config.json")):
+            if "encoder_config" in json.loads(config.read_text()).get("params", {}):
+                name = f"{'shared-' if marks else ''}{config.parent.name}"
+                found.append(pytest.param(config.parent, id=name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("folder", _recorded_models())
+def test_recorded_models_convert(tmp_path, folder):
+    """The original code's own configuration files and weights, wrapped as a training checkpoint."""
+    recorded = load_file(folder / json.loads((folder / "case.json").read_text()).get("weights", "weights.safetensors"))
+    weights = {name: value.float() for name, value in recorded.items()}
+    torch.save({"state_dict": {**weights, **make_checkpoint()[1]}, "epoch": 1}, tmp_path / "x.ckpt")
+    output = convert_checkpoint(
+        "vidtok",
+        tmp_path / "x.ckpt",
+        tmp_path / "out",
+        original_config=folder / "config.json",
+        keep_training_state=True,
+    )
+    model = AutoModel.from_pretrained(output)
+    assert_same(model.state_dict(), weights)
+    assert_same(load_file(output / "training_state.safetensors"), make_checkpoint()[1])
+    assert model.config.is_causal is ("noncausal" not in json.dumps(json.loads((folder / "config.json").read_text())))
