@@ -1,0 +1,629 @@
+"""Divot's tokenizer, de-tokenizer and reconstruction: recorded numbers, manifests, conversion, sampling, bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from golden_kinds import GoldenCase, find_cases, load_runners
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from manifest_files import load as load_manifests
+from model_cases import divot as cases
+from PIL import Image
+from run_goldens import run_case
+from run_manifests import check_manifest
+from safetensors.torch import save_file
+
+import cinetok
+from cinetok import CheckpointError, DivotDDIMScheduler, DivotReconstructionPipeline, DivotUNet3DConditionModel
+from cinetok.conversion.divot_names import resampler_mapping, tokenizer_mapping, unet_mapping, vae_mapping
+from cinetok.modeling.divot.modeling_divot_tokenizer import resize_for_clip
+from cinetok.modeling.divot.unet_blocks_divot import ChannelsLastConv2d
+from cinetok.modeling.divot.video_processing_divot import clip_positions, comprehension_indices
+from cinetok.pipelines.divot.detokenizing import decode_features, denoise, rescale_guidance
+
+GOLDENS = Path(__file__).parent / "goldens" / "divot"
+KINDS = {"tokenizer", "unet", "detokenizer_ddim", "image_proj_resampler", "noise_schedule", "pixel_preprocessing"}
+KINDS |= {"frame_sampling", "vae"}
+
+
+def _mine(folders):
+    return [path for path in find_cases(folders) if json.loads((path / "case.json").read_text())["kind"] in KINDS]
+
+
+def _check_case(path):
+    load_runners("divot")
+    case = run_case(path)
+    assert case.rows
+    assert not [f"{row.name}: {row.max_abs:.2e} {row.note}" for row in case.rows if not row.passed]
+
+
+@pytest.mark.parametrize("path", _mine([GOLDENS]), ids=lambda path: path.name)
+def test_committed_goldens(path):
+    _check_case(path)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("path", _mine([SHARED / "goldens" / "divot"]), ids=lambda path: path.name)
+def test_shared_goldens(path):
+    _check_case(path)
+
+
+# ---- released sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["Divot_tokenizer", "CLIP_ViT_H_14_open_clip", "Divot_detokenizer_stage1", "Divot_detokenizer_stage2"]
+)
+def test_manifest(tmp_path, name):
+    path = tmp_path / "divot" / f"{name}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(load_manifests("divot")[name]))
+    problems, _ = check_manifest(path)
+    assert not problems
+
+
+def test_released_unet_on_meta():
+    with torch.device("meta"):
+        unet = DivotUNet3DConditionModel()
+        sample, context = torch.empty(1, 4, 16, 32, 32), torch.empty(1, 125, 1024)
+        with torch.no_grad():
+            prediction = unet(sample, torch.empty(1), context).sample
+    assert prediction.shape == sample.shape
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 1_438_843_476
+
+
+def test_released_tokenizer_on_meta():
+    with torch.device("meta"):
+        model = cinetok.DivotTokenizerModel(cinetok.DivotTokenizerConfig())
+        with torch.no_grad():
+            features = model(torch.empty(2, 5, 3, 224, 224)).features
+    assert features.shape == (2, 64, 256)
+    assert sum(parameter.numel() for parameter in model.vision_model.parameters()) == 630_766_080
+
+
+# ---- U-Net -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [((3, 3), 1, (1, 1)), ((3, 3), 2, (1, 1)), ((3, 1), 1, (1, 0))])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tap_convolution_equals_convolution(kernel, stride, padding, batch):
+    conv = ChannelsLastConv2d(12, 7, kernel, stride=stride, padding=padding).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 12, 6, 10).to(memory_format=torch.channels_last).requires_grad_()
+    expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride, padding)
+    assert torch.allclose(conv(x), expected, atol=1e-5)
+    weights = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((result * weights).sum(), [x, conv.weight, conv.bias]) for result in (conv(x), expected)
+    ]
+    for ours, theirs in zip(*gradients):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def _unet_inputs(batch=2):
+    return cases._unet_inputs(batch)
+
+
+@torch.no_grad()
+def test_every_input_of_the_unet_matters():
+    unet, inputs = cases.unet(), _unet_inputs()
+    base = unet(**inputs).sample
+    for name, changed in (
+        ("sample", inputs["sample"].flip(-1)),
+        ("timestep", inputs["timestep"] + 300),
+        ("fs", inputs["fs"] + 5),
+    ):
+        assert (unet(**(inputs | {name: changed})).sample - base).abs().max() > 1e-3, name
+    for token in (0, 3, 4, 9):  # on both sides of the split between text and image tokens
+        context = inputs["encoder_hidden_states"].clone()
+        context[:, token] += 3.0
+        assert (unet(**(inputs | {"encoder_hidden_states": context})).sample - base).abs().max() > 1e-4, token
+    swapped = inputs["sample"][:, :, [1, 0, 2, 3]]
+    assert not torch.allclose(unet(**(inputs | {"sample": swapped})).sample[:, :, [1, 0, 2, 3]], base, atol=1e-3)
+
+
+@torch.no_grad()
+def test_context_projected_once_equals_context_per_call():
+    unet, inputs = cases.unet(), _unet_inputs()
+    expected = unet(**inputs).sample
+    context = inputs.pop("encoder_hidden_states")
+    key_values = unet.project_context(context, inputs["sample"].shape[2])
+    assert torch.equal(unet(**inputs, context_key_values=key_values).sample, expected)
+
+
+@torch.no_grad()
+def test_per_frame_image_tokens():
+    """4 text tokens + 3 per frame: each frame sees its own; a change concerns (before time mixes) that one only."""
+    unet = cases.unet()
+    attention = unet.down_blocks[0].attentions[0]
+    context = torch.randn(1, 4 + 3 * 4, cases.CONTEXT_DIM)
+    changed = context.clone()
+    changed[:, 4 + 3 * 2 : 4 + 3 * 3] += 1.0  # the tokens of frame 2
+    hidden = torch.randn(4, 16, 4, 4)
+    first, second = (attention(hidden, attention.project_context(c, 4)) for c in (context, changed))
+    difference = (first - second).abs().amax((1, 2, 3))
+    assert difference[2] > 1e-3 and difference[[0, 1, 3]].max() < 1e-6
+
+
+def test_unet_gradient_checkpointing_is_exact():
+    unet, inputs = cases.unet().train(), _unet_inputs()
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    gradients = []
+    for enable in (False, True):
+        unet.zero_grad()
+        if enable:
+            unet.enable_gradient_checkpointing()
+        unet(**inputs).sample.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in unet.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if name.endswith("weight"))
+
+
+def test_unet_bad_input():
+    unet, inputs = cases.unet(), _unet_inputs()
+    with pytest.raises(ValueError, match="exactly one"):
+        unet(inputs["sample"], 1)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        unet(**(inputs | {"sample": torch.zeros(2, 4, 4, 7, 8)}))
+    with pytest.raises(ValueError, match="expected"):
+        unet(**(inputs | {"sample": torch.zeros(2, 5, 4, 8, 8)}))
+    with pytest.raises(ValueError, match="num_tokens, 20"):
+        unet(**(inputs | {"encoder_hidden_states": torch.zeros(2, 10, 21)}))
+    with pytest.raises(ValueError, match="1 conditions for a batch of 2"):
+        unet(**(inputs | {"encoder_hidden_states": torch.zeros(1, 10, 20)}))
+    with pytest.raises(ValueError, match="attention_levels"):
+        cases.unet(attention_levels=[True])
+    with pytest.raises(ValueError, match="heads"):
+        cases.unet(attention_head_dim=5)
+    with pytest.raises(ValueError, match="norm_num_groups"):
+        cases.unet(norm_num_groups=7)
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_blur_before_shrinking():
+    """Against a dense product with explicit reflected indices; the axes shrink by different factors."""
+    height, width, size = 90, 70, 32
+    image = torch.rand(1, 1, height, width)
+
+    def matrix(length):
+        sigma = max((length / size - 1) / 2, 0.001)
+        taps = int(max(4 * sigma, 3))
+        taps += 1 - taps % 2
+        result = torch.zeros(length, length)
+        for row in range(length):
+            weights = torch.exp(-((torch.arange(taps) - taps // 2).float() ** 2) / (2 * sigma**2))
+            for offset, weight in zip(range(-(taps // 2), taps // 2 + 1), weights / weights.sum()):
+                column = abs(row + offset)
+                column = column if column < length else 2 * (length - 1) - column
+                result[row, column] += weight
+        return result
+
+    blurred = matrix(height) @ image[0, 0] @ matrix(width).T
+    expected = torch.nn.functional.interpolate(blurred[None, None], (size, size), mode="bicubic", align_corners=True)
+    assert torch.allclose(resize_for_clip(image, size), expected, atol=1e-5)
+    assert resize_for_clip(image[..., :32, :32], 32).equal(image[..., :32, :32])
+
+
+@torch.no_grad()
+def test_tokenizer_sees_every_frame_and_its_order():
+    model = cases.tokenizer()
+    clip = cases._tokenizer_inputs(1)["pixel_values_videos"]
+    base = model(clip).features
+    for frame in range(5):
+        changed = clip.clone()
+        changed[:, frame] = changed[:, frame].flip(-1)
+        assert (model(changed).features - base).abs().max() > 1e-4, frame
+    assert not torch.allclose(model(clip.flip(1)).features, base, atol=1e-4)
+
+
+def test_tokenizer_bad_input():
+    model = cases.tokenizer()
+    with pytest.raises(ValueError, match="exactly 5 frames"):
+        model(torch.zeros(1, 4, 3, 64, 64))
+    with pytest.raises(ValueError, match="expected"):
+        model(torch.zeros(5, 3, 64, 64))
+    with pytest.raises(StrictDataclassClassValidationError, match="heads"):
+        cases.tokenizer(num_attention_heads=5)
+
+
+# ---- frames ------------------------------------------------------------------------------------------------------
+
+
+def test_clip_choice():
+    assert clip_positions() == [0, 4, 8, 12, 15]
+    assert comprehension_indices(16, 8.0) == [[0, 4, 8, 12, 15]]
+    whole = comprehension_indices(1000, 8.0, max_clips=None)
+    assert len(whole) == 63 and whole[1][0] == 16 and whole[-1][-1] < 1000
+    with pytest.raises(ValueError, match="no frames"):
+        comprehension_indices(0, 8.0)
+    with pytest.raises(ValueError, match="video_fps"):
+        comprehension_indices(10, 0.0)
+
+
+def test_processor_reads_files_and_arrays_alike(tmp_path):
+    video = cases.video(0, num_frames=40).numpy()
+    cinetok.write_video(tmp_path / "clip.mp4", video, fps=16)
+    clip = cinetok.read_video(tmp_path / "clip.mp4")
+    processor = cinetok.DivotVideoProcessor(size=32, clip_selection="all")
+    by_path = processor(tmp_path / "clip.mp4", return_metadata=True)
+    by_clip, by_array = processor(clip), processor(clip.frames, video_fps=16)
+    assert by_path.pixel_values_videos.shape == (2, 5, 3, 32, 32) and by_path.num_clips.tolist() == [2]
+    assert by_path.pixel_values_videos.equal(by_clip.pixel_values_videos)
+    assert by_path.pixel_values_videos.equal(by_array.pixel_values_videos)
+    assert by_path.video_metadata[0]["num_output_frames"] == 20
+    images = [Image.fromarray(frame) for frame in clip.frames]
+    assert processor(images, video_fps=16).pixel_values_videos.equal(by_clip.pixel_values_videos)
+    still = processor(images=images[0]).pixel_values_videos
+    assert still.shape == (1, 5, 3, 32, 32) and still[0, 0].equal(still[0, 4])
+    assert still[0, 0].equal(by_clip.pixel_values_videos[0, 0])
+
+
+def test_processor_bad_input(tmp_path):
+    processor, video = cinetok.DivotVideoProcessor(size=32), cases.video(0)
+    with pytest.raises(ValueError, match="too few frames: the video has 12"):
+        processor(video[:12], clip_selection="first")
+    with pytest.raises(ValueError, match="clip_selection"):
+        processor(video, clip_selection="some")
+    with pytest.raises(ValueError, match="videos or images"):
+        processor()
+    with pytest.raises(ValueError, match="empty"):
+        processor([])
+    with pytest.raises(ValueError, match="NaN"):
+        processor(torch.full((16, 8, 8, 3), float("nan")))
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        processor(torch.full((16, 8, 8, 3), 2.0))
+    with pytest.raises(ValueError, match="expected"):
+        processor(torch.zeros(16, 3, 8, 8))
+    with pytest.raises(ValueError, match="differ in size"):
+        processor([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))])
+    with pytest.raises(TypeError):
+        processor(3)
+    with pytest.raises(ValueError, match="max_clips"):
+        processor(video, max_clips=0)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    with pytest.raises(cinetok.VideoReadError, match="broken.mp4"):
+        processor(tmp_path / "broken.mp4")
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+def test_scheduler_steps():
+    scheduler = DivotDDIMScheduler()
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps.tolist() == list(range(981, 0, -20))
+    scheduler.set_timesteps(3)  # the original would visit step 1000 of 1000
+    assert scheduler.timesteps.tolist() == [667, 334, 1]
+    assert scheduler.alphas_cumprod[-1] == 0
+    for wrong in (0, 1001):
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            scheduler.set_timesteps(wrong)
+    with pytest.raises(ValueError, match="not one of"):
+        scheduler.step(torch.zeros(1), 5, torch.zeros(1))
+    with pytest.raises(ValueError, match="timestep_spacing"):
+        DivotDDIMScheduler(timestep_spacing="leading")
+    with pytest.raises(ValueError, match="set_timesteps"):
+        DivotDDIMScheduler().step(torch.zeros(1), 1, torch.zeros(1))
+
+
+def test_scheduler_finds_a_known_sample():
+    """With the true v at every step and no noise the sampler ends where it should (up to the rounded table)."""
+    scheduler = DivotDDIMScheduler(timestep_spacing="uniform_trailing")
+    scheduler.set_timesteps(50)
+    generator = torch.Generator().manual_seed(0)
+    truth, noise = (torch.randn(2, 4, 3, 4, 4, generator=generator) for _ in range(2))
+    x = noise
+    for t in scheduler.timesteps:
+        alpha = scheduler.alphas_cumprod[t]
+        epsilon = (x - alpha.sqrt() * truth) / (1 - alpha).sqrt()
+        v = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * truth
+        result = scheduler.step(v, t, x, eta=0.0)
+        assert torch.allclose(result.pred_original_sample, truth, atol=1e-4)
+        x = result.prev_sample
+    assert (x - truth).abs().mean() < 0.05
+
+
+@torch.no_grad()
+def test_context_and_unconditional_features_are_computed_once(monkeypatch):
+    pipeline = cases.pipeline()
+    counts = {"tokenizer": 0, "context": 0}
+    forward, project = pipeline.video_tokenizer.forward, pipeline.unet.project_context
+    monkeypatch.setattr(
+        pipeline.video_tokenizer,
+        "forward",
+        lambda *a, **k: counts.__setitem__("tokenizer", counts["tokenizer"] + 1) or forward(*a, **k),
+    )
+    monkeypatch.setattr(
+        pipeline.unet,
+        "project_context",
+        lambda *a, **k: counts.__setitem__("context", counts["context"] + 1) or project(*a, **k),
+    )
+    pipeline(cases.video(0, num_frames=16), num_inference_steps=5, output_type="latent")
+    assert counts == {"tokenizer": 2, "context": 1}
+
+
+@torch.no_grad()
+def test_guidance():
+    unet, scheduler = cases.unet(), DivotDDIMScheduler()
+    context, uncond, noise = torch.randn(2, 10, 20), torch.randn(1, 10, 20), torch.randn(2, 4, 4, 8, 8)
+    options = {"num_inference_steps": 2, "eta": 0.0}
+    plain = denoise(unet, scheduler, context, None, noise, **options)
+    assert denoise(unet, scheduler, context, uncond, noise, guidance_scale=1.0, **options).equal(plain)
+    guided = denoise(unet, scheduler, context, uncond, noise, guidance_scale=3.0, **options)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    x, y = torch.randn(2, 4, 3), 5 * torch.randn(2, 4, 3)
+    assert torch.allclose(rescale_guidance(y, x, 1.0).std((1, 2)), x.std((1, 2)), atol=1e-5)
+    assert rescale_guidance(y, x, 0.0).equal(y)
+
+
+def test_decode_features_bad_input():
+    parts = (cases.unet(), cases.vae(), cases.resampler(), DivotDDIMScheduler())
+    good = torch.zeros(1, cases.FEATURES, cases.FEATURE_DIM)
+    with pytest.raises(ValueError, match="expected .batch, 8, 12"):
+        decode_features(*parts, good[:, :7])
+    with pytest.raises(ValueError, match="NaN"):
+        decode_features(*parts, good * float("nan"))
+    with pytest.raises(ValueError, match="output_type"):
+        decode_features(*parts, good, output_type="mp4")
+    with pytest.raises(ValueError, match="2 generators for 1"):
+        decode_features(*parts, good, generator=[torch.Generator(), torch.Generator()])
+    with pytest.raises(ValueError, match="callback"):
+        decode_features(*parts, good, callback_on_step_end_tensor_inputs=["prompt"])
+    with pytest.raises(ValueError, match="multiples of 2"):
+        decode_features(*parts, good, height=17)
+    with pytest.raises(ValueError, match="latents"):
+        decode_features(*parts, good, latents=torch.zeros(1, 4, 16, 4, 4))
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        decode_features(*parts, good, num_inference_steps=0)
+    with pytest.raises(ValueError, match="expected"):
+        parts[2](good[..., :5])
+
+
+# ---- pipeline ----------------------------------------------------------------------------------------------------
+
+
+def _run(pipeline, video, seed=0, **options):
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(len(video))]
+    options = {"num_inference_steps": 2, "output_type": "pt", "clip_batch_size": 2} | options
+    return pipeline(video, generator=generator, **options)
+
+
+def test_whole_videos_of_any_length():
+    pipeline = cases.pipeline()
+    lengths = [5, 16, 40]
+    videos = [cases.video(i, num_frames=n) for i, n in enumerate(lengths)]
+    together = _run(pipeline, videos).frames
+    assert [len(video) for video in together] == lengths
+    for i, video in enumerate(videos):
+        alone = _run(pipeline, [video], seed=i, clip_batch_size=3).frames[0]
+        assert torch.allclose(alone, together[i], atol=1e-4)
+    slow = pipeline(videos[2], video_fps=4.0, num_inference_steps=1, output_type="np").frames
+    assert slow.shape == (1, 80, 16, 16, 3) and slow.min() >= 0 and slow.max() <= 1
+    first = pipeline(videos[2], clip_selection="first", num_inference_steps=1, output_type="pil").frames
+    assert len(first) == 1 and len(first[0]) == 16 and first[0][0].size == (16, 16)
+
+
+def test_the_video_matters_and_features_can_be_given():
+    pipeline = cases.pipeline()
+    video = cases.video(0, num_frames=32)
+    result = _run(pipeline, [video])
+    assert not torch.allclose(result.frames, _run(pipeline, [video.flip(1)]).frames, atol=1e-3)
+    again = pipeline(
+        features=result.features,
+        clips_per_video=[2],
+        num_inference_steps=2,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.allclose(again.frames, result.frames, atol=1e-5)
+    assert pipeline(features=result.features, num_inference_steps=1, output_type="pt").frames.shape[:2] == (2, 16)
+    frames, features = _run(pipeline, [video], return_dict=False)
+    assert torch.equal(features, result.features) and torch.equal(frames, result.frames)
+
+
+def test_callback_and_progress():
+    pipeline, seen = cases.pipeline(), []
+
+    def stop_noise(pipe, step, timestep, tensors):
+        seen.append((step, timestep, sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else None
+
+    video = [cases.video(0, num_frames=16)]
+    plain = _run(pipeline, video, output_type="latent").frames
+    changed = _run(pipeline, video, output_type="latent", callback_on_step_end=stop_noise).frames
+    assert [entry[0] for entry in seen] == [0, 1] and seen[0][2] == ["latents"] and seen[0][1] == 501
+    assert changed.abs().max() == 0 and plain.abs().max() > 0
+
+
+def test_pipeline_bad_input():
+    pipeline, video = cases.pipeline(), cases.video(0)
+    features = torch.zeros(2, cases.FEATURES, cases.FEATURE_DIM)
+    for match, arguments in (
+        ("either a video or features", {}),
+        ("either a video or features", {"video": video, "features": features}),
+        ("do not add up", {"features": features, "clips_per_video": [3]}),
+        ("frames_per_video", {"features": features, "frames_per_video": [16]}),
+        ("expected", {"features": features[:, 1:]}),
+        ("NaN", {"features": features / 0}),
+        ("generators for 2 videos", {"features": features, "generator": [torch.Generator()]}),
+        ("too few frames", {"video": video[:7], "clip_selection": "first"}),
+        ("clip_batch_size", {"video": video, "clip_batch_size": 0}),
+        ("output_type", {"video": video, "output_type": "gif"}),
+        ("num_inference_steps", {"video": video, "num_inference_steps": 0}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pipeline(**arguments)
+
+
+def test_parts_in_other_dtypes():
+    pipeline = cases.pipeline()
+    expected = _run(pipeline, [cases.video(0, num_frames=16)], num_inference_steps=1).frames
+    pipeline.unet.to(torch.bfloat16)
+    pipeline.video_tokenizer.to(torch.bfloat16)
+    frames = _run(pipeline, [cases.video(0, num_frames=16)], num_inference_steps=1).frames
+    assert frames.dtype == torch.float32 and torch.isfinite(frames).all()
+    assert 0 < (frames - expected).abs().mean() < 0.1
+
+
+_FRESH = """
+import sys
+sys.path.insert(0, {tests!r})
+from torchvision_shim import install
+install()
+import torch
+torch.set_num_threads(1)
+from diffusers import DiffusionPipeline
+import cinetok
+pipeline = DiffusionPipeline.from_pretrained({folder!r})
+assert type(pipeline) is cinetok.DivotReconstructionPipeline
+assert pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+video = torch.load({video!r})
+frames = pipeline(video, num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt").frames
+torch.save(frames, {result!r})
+"""
+
+
+def test_saved_pipeline_in_a_fresh_process(tmp_path):
+    pipeline, video = cases.pipeline(), cases.video(3)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert index["unet"] == ["cinetok", "DivotUNet3DConditionModel"] and index["scheduler"][0] == "cinetok"
+    torch.save(video, tmp_path / "video.pt")
+    script = _FRESH.format(
+        tests=str(Path(__file__).parent),
+        folder=str(tmp_path / "pipeline"),
+        video=str(tmp_path / "video.pt"),
+        result=str(tmp_path / "frames.pt"),
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected = pipeline(
+        video, num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt"
+    ).frames
+    assert torch.allclose(torch.load(tmp_path / "frames.pt"), expected, atol=1e-5)
+
+
+# ---- conversion --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def golden_files(tmp_path):
+    """The committed de-tokenizer case as files in the original's names, and its configuration."""
+    case = GOLDENS / "detokenizer_ddim"
+    return case / "weights.safetensors", case / "tokenizer.safetensors", json.loads((case / "config.json").read_text())
+
+
+def test_convert_detokenizer(golden_files, tmp_path):
+    weights, tokenizer, config = golden_files
+    folder = cinetok.convert_checkpoint("divot", [weights, tokenizer], tmp_path / "out", original_config=config)
+    pipeline = DivotReconstructionPipeline.from_pretrained(folder)
+    assert pipeline.resampler.config.num_features == 64 and pipeline.unet.dtype == torch.float32
+    pipeline.set_progress_bar_config(disable=True)
+    case = GoldenCase(GOLDENS / "detokenizer_ddim")
+    with torch.no_grad():
+        context = pipeline.resampler(case.recorded["in.features"]).encoder_hidden_states
+        unconditional = pipeline.video_tokenizer.unconditional_features(config["kwargs"]["image_size"])
+    assert torch.allclose(context, case.recorded["out.context"], atol=1e-4)
+    assert torch.allclose(unconditional, case.recorded["out.uncond_features"], atol=1e-4)
+    frames = pipeline(cases.video(0), num_inference_steps=1, output_type="pt", clip_selection="first").frames
+    assert frames.shape[:2] == (1, 16)
+
+
+def test_convert_tokenizer_with_a_separate_clip_file(golden_files, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoVideoProcessor
+
+    _, tokenizer, config = golden_files
+    tensors = {name: value.float() for name, value in load_file(tokenizer).items()}
+    prefix = "vit_model.model."
+    clip = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    rest = {name: value.half() for name, value in tensors.items() if not name.startswith(prefix)}
+    torch.save(rest, tmp_path / "tokenizer.bin")
+    torch.save({"state_dict": clip}, tmp_path / "clip.bin")
+    files = [tmp_path / "tokenizer.bin", tmp_path / "clip.bin"]
+    folder = cinetok.convert_checkpoint("divot", files, tmp_path / "out", original_config=config["video_tokenizer"])
+    model, processor = AutoModel.from_pretrained(folder), AutoVideoProcessor.from_pretrained(folder)
+    assert isinstance(model, cinetok.DivotTokenizerModel) and isinstance(processor, cinetok.DivotVideoProcessor)
+    features = model(processor(cases.video(0)).pixel_values_videos).features
+    assert features.shape == (2, 64, 12)
+    back = tokenizer_mapping().from_hf(model.state_dict())
+    assert all(torch.equal(back[name], value.float()) for name, value in rest.items())
+
+    with pytest.raises(CheckpointError, match="does not hold its image encoder"):
+        cinetok.convert_checkpoint("divot", files[:1], tmp_path / "no", original_config=config["video_tokenizer"])
+    with pytest.raises(CheckpointError, match="Divot_tokenizer.bin"):
+        cinetok.convert_checkpoint("divot", files[1:], tmp_path / "no", original_config=config["video_tokenizer"])
+    with pytest.raises(CheckpointError, match="second tokenizer"):
+        cinetok.convert_checkpoint("divot", files[:1] * 2, tmp_path / "no", original_config=config["video_tokenizer"])
+    assert not (tmp_path / "no").exists()
+
+
+def test_convert_refuses_what_does_not_fit(golden_files, tmp_path):
+    from safetensors.torch import load_file
+
+    weights, tokenizer, config = golden_files
+    tensors = {name: value.float() for name, value in load_file(weights).items()}
+    out = tmp_path / "out"
+
+    def attempt(changed, match, config=config):
+        save_file(changed, tmp_path / "weights.safetensors")
+        with pytest.raises(CheckpointError, match=match):
+            cinetok.convert_checkpoint(
+                "divot", [tmp_path / "weights.safetensors", tokenizer], out, original_config=config
+            )
+        assert not out.exists()
+
+    missing = dict(tensors)
+    missing.pop("diffusion_model.out.2.bias")
+    attempt(missing, "1 missing: conv_out.bias")
+    attempt(tensors | {"diffusion_model.extra.weight": torch.zeros(1)}, "extra.weight")
+    attempt(tensors | {"other.weight": torch.zeros(1)}, "other.weight")
+    attempt(tensors | {"diffusion_model.out.2.bias": torch.zeros(5)}, "another shape: conv_out.bias")
+    attempt(tensors | {"diffusion_model.out.2.bias": torch.full((4,), float("nan"))}, "NaN")
+    wrong = json.loads(json.dumps(config))
+    wrong["diffusion_model"]["use_causal_attention"] = True
+    attempt(tensors, "use_causal_attention", wrong)
+    wrong = json.loads(json.dumps(config))
+    del wrong["image_proj_model"]["dim"]
+    attempt(tensors, "lacks 'dim'", wrong)
+    # Noise tables and DynamiCrafter's prefix are tolerated.
+    tolerated = {
+        (f"model.{name}" if name.startswith("diffusion_model.") else name): value for name, value in tensors.items()
+    }
+    save_file(tolerated | {"betas": torch.zeros(1000)}, tmp_path / "weights.safetensors")
+    cinetok.convert_checkpoint("divot", [tmp_path / "weights.safetensors", tokenizer], out, original_config=config)
+    assert (out / "unet").is_dir()
+    with pytest.raises(CheckpointError, match="do not make release"):
+        cinetok.convert_checkpoint("divot", tokenizer, tmp_path / "x", release="divot_detokenizer_stage1")
+
+
+@pytest.mark.parametrize(
+    "module, mapping",
+    [
+        (cases.unet, lambda m: unet_mapping(m.config)),
+        (cases.resampler, lambda m: resampler_mapping()),
+        (cases.tokenizer, lambda m: tokenizer_mapping()),
+        (cases.vae, lambda m: vae_mapping(m.config)),
+    ],
+    ids=["unet", "resampler", "tokenizer", "vae"],
+)
+def test_names_there_and_back(module, mapping):
+    module = module()
+    table, ours = mapping(module), module.state_dict()
+    back = table.to_hf(table.from_hf(dict(ours)))
+    assert set(back) == set(ours) and all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+def test_images_are_truncated_to_bytes():
+    from cinetok.pipelines.divot.detokenizing import to_images
+
+    frame = torch.full((1, 3, 2, 2), 0.999 * 200 / 255)
+    assert np.asarray(to_images(frame)[0]).max() == 199
