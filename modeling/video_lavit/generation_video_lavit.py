@@ -164,7 +164,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            scores = outputs.logits[:, -1].float()
+            # A model that is offloaded between calls answers on another device than its weights lie on.
+            scores = outputs.logits[:, -1].float().to(device)
             if guided:
                 conditional, unconditional = F.log_softmax(scores, dim=-1).chunk(2)
                 scores = unconditional + guidance_scale * (conditional - unconditional)
@@ -178,8 +179,7 @@ class VideoLavitGenerationMixin(GenerationMixin):
             if forced_token_ids is not None:
                 chosen = forced_token_ids[:, step].to(device)
             else:
-                chosen = _choose(scores, do_sample, generators, generator)
-                chosen = torch.where(unfinished, chosen, FILL_TOKEN_ID)
+                chosen = _choose(scores, do_sample, generators, generator, unfinished)
             new_ids.append(chosen)
             unfinished = unfinished & (chosen != end)
             if on_step is not None:
@@ -241,13 +241,17 @@ def _warpers(temperature, top_k, top_p):
     return warpers
 
 
-def _choose(scores, do_sample, generators, generator):
+def _choose(scores, do_sample, generators, generator, unfinished):
+    """Next ids (batch,). With a generator per sample, one that is done draws nothing more, whatever the others do."""
     if not do_sample:
-        return scores.argmax(dim=-1)
-    probabilities = scores.softmax(dim=-1)
-    if generators is None:
-        return _draw(probabilities, generator)
-    return torch.cat([_draw(row.unsqueeze(0), own) for row, own in zip(probabilities, generators)])
+        chosen = scores.argmax(dim=-1)
+    elif generators is None:
+        chosen = _draw(scores.softmax(dim=-1), generator)
+    else:
+        chosen = torch.full_like(unfinished, FILL_TOKEN_ID, dtype=torch.long)
+        for row in unfinished.nonzero().flatten().tolist():
+            chosen[row] = _draw(scores[row : row + 1].softmax(dim=-1), generators[row])
+    return torch.where(unfinished, chosen, FILL_TOKEN_ID)
 
 
 def _draw(probabilities, generator):
