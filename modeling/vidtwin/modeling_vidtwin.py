@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 from .configuration_vidtwin import VidTwinConfig
 
 _NORM_EPS = 1e-6
+_CPU_CHUNK_TOKENS = 1600  # tokens of a trunk that run together at inference; two parts at the released size
 _BRANCHES = ("all", "structure", "dynamics")
 
 
@@ -170,16 +171,35 @@ class VidTwinMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(int(config.hidden_size * config.mlp_ratio), config.hidden_size)
 
     def forward(self, hidden_states):
-        return self.fc2(self.act(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        if torch.is_grad_enabled():
+            hidden_states = F.gelu(hidden_states, approximate="tanh")
+        else:
+            # In place: with a second activation of this width the allocator returns memory to the system every time.
+            hidden_states = torch.ops.aten.gelu_(hidden_states, approximate="tanh")
+        return self.fc2(hidden_states)
 
 
 def modulated_norm(hidden_states, shift, scale):
     """LN(x) * (1 + scale) + shift: a layer norm whose affine part comes from a table."""
     return F.layer_norm(hidden_states, hidden_states.shape[-1:], 1 + scale, shift, _NORM_EPS)
+
+
+def gated_update(hidden_states, gate, update, dim):
+    """`hidden_states + gate * update(hidden_states)`, where `update` treats the entries of axis `dim` independently."""
+    if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        return torch.addcmul(hidden_states, gate, update(hidden_states))
+    # On a CPU activations of tens of megabytes fall out of the caches and are mapped and unmapped by every layer.
+    tokens = hidden_states.shape[:-1].numel()
+    count = min(-(-tokens // _CPU_CHUNK_TOKENS), hidden_states.shape[dim])
+    size = -(-hidden_states.shape[dim] // count)
+    result = torch.empty_like(hidden_states)
+    for part, target in zip(hidden_states.split(size, dim), result.split(size, dim)):
+        torch.addcmul(part, gate, update(part), out=target)
+    return result
 
 
 class VidTwinBlock(GradientCheckpointingLayer):
@@ -193,23 +213,25 @@ class VidTwinBlock(GradientCheckpointingLayer):
         self.mlp = VidTwinMLP(config)
 
     def forward(self, hidden_states, temporal_positions=None):
-        batch_size, num_frames = hidden_states.shape[:2]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.scale_shift_table.unbind(0)
 
-        frames = modulated_norm(hidden_states, shift_1, scale_1).flatten(0, 1)
-        attended = self.attn(frames).unflatten(0, (batch_size, num_frames))
-        hidden_states = torch.addcmul(hidden_states, gate_1, attended)
+        def attend_in_frames(tokens):
+            attended = self.attn(modulated_norm(tokens, shift_1, scale_1).flatten(0, 1))
+            return attended.unflatten(0, tokens.shape[:2])
 
-        # Temporal attention has neither a norm nor a modulation of its own, and shares the first gate. Positions are
-        # added to what it reads only, not to the residual.
-        series = hidden_states.transpose(1, 2)
-        if temporal_positions is not None:
-            series = series + temporal_positions
-        attended = self.attn_temp(series.flatten(0, 1)).unflatten(0, (batch_size, -1)).transpose(1, 2)
-        hidden_states = torch.addcmul(hidden_states, gate_1, attended)
+        def attend_in_time(tokens):
+            # Neither a norm nor a modulation, and the first gate again. Positions are not added to the residual.
+            series = tokens.transpose(1, 2)
+            if temporal_positions is not None:
+                series = series + temporal_positions
+            return self.attn_temp(series.flatten(0, 1)).unflatten(0, series.shape[:2]).transpose(1, 2)
 
-        hidden_states = torch.addcmul(hidden_states, gate_2, self.mlp(modulated_norm(hidden_states, shift_2, scale_2)))
-        return hidden_states
+        def feed_forward(tokens):
+            return self.mlp(modulated_norm(tokens, shift_2, scale_2))
+
+        hidden_states = gated_update(hidden_states, gate_1, attend_in_frames, dim=1)
+        hidden_states = gated_update(hidden_states, gate_1, attend_in_time, dim=2)
+        return gated_update(hidden_states, gate_2, feed_forward, dim=1)
 
 
 class VidTwinPatchEmbed(nn.Module):

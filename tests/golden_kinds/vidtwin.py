@@ -36,10 +36,10 @@ def _reconstruct(case, model, call):
     def capture(recorded, module, of_input=False):
         # Called modules overwrite: what is recorded of a module that runs twice is its second run.
         if of_input:
-            hook = lambda module, args: captured.__setitem__(recorded, args[0])  # noqa: E731
+            hook = lambda module, args: captured.__setitem__(recorded, args[0].clone())  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook))
         else:
-            hook = lambda module, args, output: captured.__setitem__(recorded, output)  # noqa: E731
+            hook = lambda module, args, output: captured.__setitem__(recorded, output.clone())  # noqa: E731
             handles.append(module.register_forward_hook(hook))
 
     for name in names:
