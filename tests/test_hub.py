@@ -116,3 +116,38 @@ def test_refusals_of_the_hub_are_typed(folder, tmp_path):
         )
     assert server.repositories == {}
     server.shutdown()
+
+
+CONVERT_AND_LOAD = """
+    import sys, torch
+    import cinetok
+    from transformers import AutoModel, AutoVideoProcessor
+    from cinetok.conversion.vidtok import config_from_original
+
+    checkpoint, original, output = sys.argv[1:4]
+    cinetok.convert_checkpoint(
+        "vidtok", checkpoint, output, original_config=original, keep_training_state=True, push_to_hub="tester/tokenizer"
+    )
+    model, info = AutoModel.from_pretrained("tester/tokenizer", output_loading_info=True)
+    assert not any(info.values()), info
+    expected = torch.load(checkpoint)["state_dict"]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    print(type(model).__name__, model.config.version, type(AutoVideoProcessor.from_pretrained("tester/tokenizer")).__name__)
+"""
+
+
+def test_convert_push_and_load_from_the_hub(hub, tmp_path):
+    import torch
+    from test_vidtok_conversion import KINDS, make_checkpoint
+
+    weights, training = make_checkpoint("v1.1 FSQ")
+    torch.save({"state_dict": {**weights, **training}}, tmp_path / "x.ckpt")
+    (tmp_path / "x.json").write_text(json.dumps(KINDS["v1.1 FSQ"]))
+    arguments = (tmp_path / "x.ckpt", tmp_path / "x.json", tmp_path / "out")
+    result = client(CONVERT_AND_LOAD, tmp_path / "home", hub.address, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["VidTokModel", "1.1", "VidTokVideoProcessor"]
+    repository = hub.repositories["tester/tokenizer"]
+    assert repository.commits[0]["paths"] == ["README.md"]
+    assert b'from_pretrained("tester/tokenizer")' in repository.files["README.md"]
+    assert "training_state.safetensors" in repository.files
