@@ -1,15 +1,28 @@
 """Video-LaVIT's motion condition encoder: motion maps become the tokens that the video U-Net attends to."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.normalization import FP32LayerNorm
+from diffusers.utils import BaseOutput
 from torch import nn
 
 from ...video.motion import resize_motion
 from .layers_video_lavit import SpaceTimeBlock
 
 _NORM_EPS = 1e-5
+
+
+@dataclass
+class VideoLavitMotionEncoderOutput(BaseOutput):
+    """
+    Args:
+        sample: (batch, num_frames, grid_size**2, out_channels), the U-Net's `encoder_hidden_states`.
+    """
+
+    sample: torch.Tensor
 
 
 class VideoLavitMotionEncoder(ModelMixin, ConfigMixin):
@@ -54,14 +67,12 @@ class VideoLavitMotionEncoder(ModelMixin, ConfigMixin):
         self.out_proj = nn.Linear(hidden_size, out_channels)
         self.gradient_checkpointing = False
 
-    def forward(self, motion):
+    def forward(self, motion, return_dict: bool = True):
         r"""
         Args:
             motion (`torch.Tensor` of shape `(batch, 2, num_frames, height, width)`):
                 Raw motion maps of any size; they are resized to the grid (bicubic, no antialiasing, in float32).
-
-        Returns:
-            `torch.Tensor` of shape `(batch, num_frames, grid_size**2, out_channels)`.
+            return_dict: return a [`VideoLavitMotionEncoderOutput`] instead of a tuple.
 
         Raises:
             ValueError: another shape, or more frames than temporal positions.
@@ -83,7 +94,8 @@ class VideoLavitMotionEncoder(ModelMixin, ConfigMixin):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states)
             else:
                 hidden_states = block(hidden_states)
-        return self.out_proj(self.norm(hidden_states))
+        sample = self.out_proj(self.norm(hidden_states))
+        return VideoLavitMotionEncoderOutput(sample) if return_dict else (sample,)
 
 
-__all__ = ["VideoLavitMotionEncoder"]
+__all__ = ["VideoLavitMotionEncoder", "VideoLavitMotionEncoderOutput"]

@@ -201,7 +201,7 @@ def _generator_option(scheduler, generator):
 
 def encode_motion_condition(motion_encoder, motion):
     """Condition tokens (batch, num_frames, grid * grid, channels) of raw motion maps (batch, 2, num_frames, h, w)."""
-    return motion_encoder(motion.to(motion_encoder.dtype))
+    return motion_encoder(motion.to(motion_encoder.dtype)).sample
 
 
 def encode_video_keyframe(vae, images, noise_aug_strength=0.02, *, generator=None, noise=None):
