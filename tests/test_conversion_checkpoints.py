@@ -104,6 +104,7 @@ class _Attack:
         return (Path.touch, (Path(self.path),))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["torch", "old torch", "pickle", "inside the state dict"])
 def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path, how):
     proof, path = tmp_path / "executed", tmp_path / "evil.ckpt"

@@ -132,7 +132,8 @@ CONVERT_AND_LOAD = """
     assert not any(info.values()), info
     expected = torch.load(checkpoint)["state_dict"]
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    print(type(model).__name__, model.config.version, type(AutoVideoProcessor.from_pretrained("tester/tokenizer")).__name__)
+    processor = AutoVideoProcessor.from_pretrained("tester/tokenizer")
+    print(type(model).__name__, model.config.version, type(processor).__name__)
 """
 
 
