@@ -38,7 +38,8 @@ EXPORTS = {
     "DivotTokenizerConfig": ".modeling.divot.configuration_divot",
     "DivotTokenizerModel": ".modeling.divot.modeling_divot_tokenizer",
     "DivotVideoProcessor": ".modeling.divot.video_processing_divot",
-    "DivotConfig": ".modeling.divot.configuration_divot",
+    "DivotConfig": ".modeling.divot.configuration_divot_llm",
+    "DivotModel": ".modeling.divot.modeling_divot",
     "DivotForCausalLM": ".modeling.divot.modeling_divot",
     "DivotProcessor": ".modeling.divot.processing_divot",
     "DivotUNet3DConditionModel": ".modeling.divot.unet_divot",
@@ -92,6 +93,12 @@ AUTO_CLASSES = {
         "config": "VideoLavitMotionTokenizerConfig",
         "model": "VideoLavitMotionTokenizer",
         "video_processor": "VideoLavitMotionProcessor",
+    },
+    "divot": {
+        "config": "DivotConfig",
+        "model": "DivotModel",
+        "causal_lm": "DivotForCausalLM",
+        "processor": "DivotProcessor",
     },
     "divot_tokenizer": {
         "config": "DivotTokenizerConfig",
