@@ -69,12 +69,15 @@ class VidTwinEncoderOutput(ModelOutput):
         dynamics_y (`torch.Tensor` of shape `(batch, dynamics_channels, num_frames, rows)`):
             Dynamics latents along the height (averaged over the columns).
         posteriors ([`VidTwinPosteriors`]): the three Gaussians.
+        kl_loss (`torch.Tensor` of shape `()`):
+            Their KL divergence from the standard normal, summed over everything and divided by the batch size.
     """
 
     structure: torch.FloatTensor | None = None
     dynamics_x: torch.FloatTensor | None = None
     dynamics_y: torch.FloatTensor | None = None
     posteriors: VidTwinPosteriors | None = None
+    kl_loss: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -529,6 +532,7 @@ class VidTwinModel(VidTwinPreTrainedModel):
             dynamics_x=dynamics_x,
             dynamics_y=dynamics_y,
             posteriors=posteriors,
+            kl_loss=posteriors.kl(),
         )
 
     def decode(self, structure=None, dynamics_x=None, dynamics_y=None, branch="all"):
@@ -601,8 +605,7 @@ class VidTwinModel(VidTwinPreTrainedModel):
             latents = self.encode(windows[part], noise=None if noise is None else [values[part] for values in noise])
             encoded.append((latents.structure, latents.dynamics_x, latents.dynamics_y))
             decoded.append(self.decode(*encoded[-1], branch=branch).reconstruction)
-            if return_loss:
-                kl_total = kl_total + latents.posteriors.kl() * len(decoded[-1])
+            kl_total = kl_total + latents.kl_loss * len(decoded[-1])
         reconstruction = self.merge_windows(_cat(decoded), num_frames)
         structure, dynamics_x, dynamics_y = (_cat(parts) for parts in zip(*encoded))
         loss = reconstruction_loss = kl_loss = None
