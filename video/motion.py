@@ -245,6 +245,8 @@ class _VectorReader:
         encoder = None
         decoder = av.CodecContext.create("mpeg4", "r")
         decoder.options = {"flags2": "+export_mvs"}
+        # Decodes beside the encoder, on another core; threads do not change what is decoded.
+        decoder.thread_type, decoder.thread_count = "FRAME", 2
         while True:
             frame = yield
             source.push(frame)
