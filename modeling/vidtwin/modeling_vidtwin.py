@@ -148,17 +148,25 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class VidTwinLinear(nn.Linear):
+    """A linear layer of the trunk, told apart from others by its initialisation: Xavier, or zero, and no bias."""
+
+    def __init__(self, in_features, out_features, starts_at_zero=False):
+        self.starts_at_zero = starts_at_zero
+        super().__init__(in_features, out_features)
+
+
 class VidTwinAttention(nn.Module):
     """Self-attention over axis 1 of (sequences, length, hidden_size)."""
 
-    def __init__(self, config, num_heads, is_causal):
+    def __init__(self, config, num_heads, is_causal, starts_at_zero=False):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // num_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = is_causal
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = VidTwinLinear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = VidTwinLinear(config.hidden_size, config.hidden_size, starts_at_zero)
 
     def forward(self, hidden_states):
         qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
@@ -173,8 +181,8 @@ class VidTwinAttention(nn.Module):
 class VidTwinMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
-        self.fc2 = nn.Linear(int(config.hidden_size * config.mlp_ratio), config.hidden_size)
+        self.fc1 = VidTwinLinear(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
+        self.fc2 = VidTwinLinear(int(config.hidden_size * config.mlp_ratio), config.hidden_size)
 
     def forward(self, hidden_states):
         hidden_states = self.fc1(hidden_states)
@@ -212,7 +220,7 @@ class VidTwinBlock(GradientCheckpointingLayer):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.hidden_size))
         self.attn = VidTwinAttention(config, num_heads, is_causal=False)
-        self.attn_temp = VidTwinAttention(config, num_heads, is_causal=config.temporal_causal)
+        self.attn_temp = VidTwinAttention(config, num_heads, is_causal=config.temporal_causal, starts_at_zero=True)
         self.mlp = VidTwinMLP(config)
 
     def forward(self, hidden_states, temporal_positions=None):
@@ -366,21 +374,21 @@ class VidTwinPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # Children come before their parents, so what a parent sets is what stays.
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        # Only what a module itself owns may be set here: modules whose own tensors are all loaded are not visited.
+        if isinstance(module, VidTwinLinear):
+            if module.starts_at_zero:
+                init.zeros_(module.weight)
+            else:
+                init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv3d):
+            # Xavier's bound of the weight seen as a matrix
+            bound = (6.0 / (module.out_channels + module.weight[0].numel())) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             module.reset_parameters()
-        elif isinstance(module, (VidTwinMLP, VidTwinAttention, VidTwinPatchEmbed)):
-            for layer in module.children():
-                if isinstance(layer, (nn.Linear, nn.Conv3d)):
-                    # Xavier's bound of the weight seen as a matrix (the patch convolution is one)
-                    bound = (6.0 / (layer.weight.shape[0] + layer.weight[0].numel())) ** 0.5
-                    init.uniform_(layer.weight, -bound, bound)
-                    init.zeros_(layer.bias)
-        elif isinstance(module, VidTwinBlock):
-            init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[1] ** -0.5)
-            # a new block starts without temporal attention
-            init.zeros_(module.attn_temp.proj.weight)
-        elif isinstance(module, VidTwinFinalLayer):
+        elif isinstance(module, (VidTwinBlock, VidTwinFinalLayer)):
             init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[1] ** -0.5)
         elif isinstance(module, VidTwinTransformer):
             spatial, temporal = module.position_tables()
