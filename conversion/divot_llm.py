@@ -22,8 +22,8 @@ _LICENSE = License(
 _BASE = "mistralai/Mistral-7B-Instruct-v0.1"
 _TOKENIZER_FOLDER = "cvlm_mistral_instruct_tokenizer"
 _TOKENIZER_NOTE = (
-    f"The text tokenizer lies in the folder `{_TOKENIZER_FOLDER}` of the authors' repository; the converter looks for it "
-    "beside the checkpoints, or takes `--tokenizer`."
+    f"The text tokenizer lies in the folder `{_TOKENIZER_FOLDER}` of the authors' repository; the converter looks for "
+    "it beside the checkpoints, or takes `--tokenizer`."
 )
 
 
@@ -209,8 +209,8 @@ def merge_lora(tensors: Mapping[str, torch.Tensor], lora_alpha: float, base: Map
         missing = [p for p in ("lora_A", "lora_B") if p not in parts] + ([weight] if weight not in plain else [])
         if missing:
             raise CheckpointError(
-                f"{target}: {' and '.join(missing)} missing; a training output without the frozen weights also needs the "
-                "folder of the language model it started from"
+                f"{target}: {' and '.join(missing)} missing; a training output without the frozen weights also needs "
+                "the folder of the language model it started from"
             )
         a, b, frozen = parts["lora_A"], parts["lora_B"], plain[weight]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(frozen.shape):
@@ -242,8 +242,8 @@ def _read_llm_files(paths, lora_alpha):
             into = agent
         else:
             raise CheckpointError(
-                f"{path}: neither a Mistral, Divot's projections (agent/pytorch_model.bin) nor an output of its training; "
-                f"it holds {shorten(tensors, 3)}"
+                f"{path}: neither a Mistral, Divot's projections (agent/pytorch_model.bin) nor an output of its "
+                f"training; it holds {shorten(tensors, 3)}"
             )
         if into:
             raise CheckpointError(f"{path}: a second checkpoint of the same kind; give each once")
@@ -293,13 +293,13 @@ def _find_tokenizer(paths):
             if (place / "tokenizer.model").is_file() or (place / "tokenizer.json").is_file():
                 return place
     raise CheckpointError(
-        f"no tokenizer found beside the checkpoints; download {_TOKENIZER_FOLDER} of TencentARC/Divot and pass its folder "
-        "as `tokenizer`: the ids of the added tokens are only written there"
+        f"no tokenizer found beside the checkpoints; download {_TOKENIZER_FOLDER} of TencentARC/Divot and pass its "
+        "folder as `tokenizer`: the ids of the added tokens are only written there"
     )
 
 
 def build_llm(llm, agent, config):
-    """A `DivotForCausalLM` from tensors under the original names (cast to float32) and arguments of its configuration."""
+    """A `DivotForCausalLM` from tensors under the original names (cast to float32) and its configuration's arguments."""
     from ..modeling.divot.configuration_divot_llm import DivotConfig
     from ..modeling.divot.modeling_divot import DivotForCausalLM
 

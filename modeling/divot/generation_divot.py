@@ -14,8 +14,8 @@ class DivotFrameTokenLogitsProcessor(LogitsProcessor):
 
     Args:
         frame_start_token_id, frame_end_token_id: ids of `<frame>` and `</frame>`.
-        frame_token_ids: ids of the frame tokens of one block, in order. The authors' scripts pass 100 of them; the model
-            was trained with blocks of 64.
+        frame_token_ids: ids of the frame tokens of one block, in order. The authors' scripts pass 100 of them; the
+            model was trained with blocks of 64.
         suppressed_score: score of tokens that are not offered. The authors' scripts use 0.0, which does not exclude
             them.
     """

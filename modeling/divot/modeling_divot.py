@@ -82,8 +82,8 @@ def query_block_ids(attention_mask: torch.Tensor, block_size: int) -> torch.Tens
     torn = queries[:, 1:] & ~queries[:, :-1] & (order[:, 1:] % block_size != 0)
     if bool(torn.any()) or bool((queries.sum(-1) % block_size != 0).any()):
         raise ValueError(
-            f"attention_mask marks runs of {queries.sum(-1).tolist()} positions (per row) with -1; runs must be multiples "
-            f"of {block_size} (num_query_tokens)"
+            f"attention_mask marks runs of {queries.sum(-1).tolist()} positions (per row) with -1; runs must be "
+            f"multiples of {block_size} (num_query_tokens)"
         )
     return blocks
 
@@ -202,8 +202,8 @@ class DivotModel(DivotPreTrainedModel):
         return (clips & ~queries if reads_video else torch.zeros_like(clips)), queries
 
     def get_video_features(self, video_features, video_features_mask=None):
-        """Features (num_clips, num_query_tokens, feature_dim), or (batch, clips per sample, ...) with a mask (batch, clips
-        per sample) of the real ones -> (all real features in reading order, hidden_size).
+        """Features (num_clips, num_query_tokens, feature_dim), or (batch, clips per sample, ...) with a mask (batch,
+        clips per sample) of the real ones -> (all real features in reading order, hidden_size).
 
         Raises:
             ValueError: another shape, or NaN.
@@ -240,8 +240,8 @@ class DivotModel(DivotPreTrainedModel):
             places = int(video_token_mask.sum())
             if places != len(projected):
                 raise ValueError(
-                    f"the text has room for {places} video features ({places / self.config.num_query_tokens:g} clips), but "
-                    f"{len(projected)} were given ({len(projected) / self.config.num_query_tokens:g} clips)"
+                    f"the text has room for {places} video features ({places / self.config.num_query_tokens:g} clips), "
+                    f"but {len(projected)} were given ({len(projected) / self.config.num_query_tokens:g} clips)"
                 )
             # Not in place: the embeddings may be a leaf that needs gradients.
             inputs_embeds = inputs_embeds.masked_scatter(
@@ -295,8 +295,8 @@ def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def check_features(config, features, name, mask=None):
-    """Features in any accepted layout -> (num_clips, num_query_tokens, feature_dim). ValueError for wrong lengths, a mask
-    that does not fit, or NaN."""
+    """Features in any accepted layout -> (num_clips, num_query_tokens, feature_dim). ValueError for wrong lengths, a
+    mask that does not fit, or NaN."""
     expected = (config.num_query_tokens, config.feature_dim)
     if features.ndim not in (3, 4) or tuple(features.shape[-2:]) != expected:
         raise ValueError(
@@ -389,8 +389,8 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (batch, length). Clips are runs of the frame tokens (`config.query_token_ids`).
-            attention_mask: (batch, length): 1 token, 0 padding, -1 query of a block that attends bidirectionally. Queries
-                may also be left at 1 (causal).
+            attention_mask: (batch, length): 1 token, 0 padding, -1 query of a block that attends bidirectionally.
+                Queries may also be left at 1 (causal).
             position_ids: default: counted from each row's first token.
             past_key_values, use_cache: as in transformers.
             inputs_embeds: instead of `input_ids`.

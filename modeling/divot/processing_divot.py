@@ -148,13 +148,13 @@ class DivotProcessor(ProcessorMixin):
         lacking = [t for t in (*TAGS.values(), *frame_tokens(num_query_tokens)) if t not in vocabulary]
         if lacking:
             raise ValueError(
-                f"the tokenizer lacks {', '.join(lacking[:4])} (of {len(lacking)} tokens); extend a Mistral tokenizer with "
-                "DivotProcessor.from_base_tokenizer(folder)"
+                f"the tokenizer lacks {', '.join(lacking[:4])} (of {len(lacking)} tokens); extend a Mistral tokenizer "
+                "with DivotProcessor.from_base_tokenizer(folder)"
             )
 
     @classmethod
     def from_base_tokenizer(cls, folder, **kwargs):
-        """A processor for a folder with a Mistral tokenizer (see `build_divot_tokenizer`); `kwargs` as for the class."""
+        """A processor for a folder with a Mistral tokenizer (see `build_divot_tokenizer`)."""
         return cls(build_divot_tokenizer(folder), **kwargs)
 
     # ---- ids ---------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class DivotProcessor(ProcessorMixin):
         size = config.get_text_config().vocab_size
         if len(self.tokenizer) != size:
             raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model {size}; use the processor saved with the model"
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model {size}; use the processor saved with it"
             )
         different = [
             name
@@ -269,8 +269,8 @@ class DivotProcessor(ProcessorMixin):
 
         Returns:
             BatchFeature with `input_ids` and `attention_mask` (batch, length), and, for videos and images,
-            `pixel_values_videos` (clips of all in reading order, 5, 3, size, size) and `num_clips` (one number per video
-            or image).
+            `pixel_values_videos` (clips of all in reading order, 5, 3, size, size) and `num_clips` (one number per
+            video or image).
 
         Raises:
             ValueError: placeholders and videos that do not match in number. Others as `DivotVideoProcessor`.
