@@ -6,8 +6,9 @@
 The model is saved with random weights and measured in a process of its own that loads it with `from_pretrained`, so the
 peak memory is that of a user's process: imports, weights, activations. In it, runs of the model and runs of the trunk's
 matrix products (its own shapes) take turns, so that both see the same machine. Operations are counted on the meta
-device (multiply and add count as two); attention and convolutions count too. The first line of the result is the model's
-time over what its operations take at the rate of the products; medians. The target is at most 15 % more, and 2 GB.
+device (multiply and add count as two); attention and convolutions count too. The first line of the result is the
+model's time over what its operations take at the rate of the products; medians. The target is 15 % more at most, and
+2 GB.
 Results: benchmarks/results/vidtwin.json and vidtwin.md.
 """
 
