@@ -299,7 +299,7 @@ def _find_tokenizer(paths):
 
 
 def build_llm(llm, agent, config):
-    """A `DivotForCausalLM` from tensors under the original names (cast to float32) and its configuration's arguments."""
+    """A `DivotForCausalLM` from tensors under the original names (cast to float32) and its arguments."""
     from ..modeling.divot.configuration_divot_llm import DivotConfig
     from ..modeling.divot.modeling_divot import DivotForCausalLM
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
+from .gmm_divot import gumbel_noise
+
 
 class DivotFrameTokenLogitsProcessor(LogitsProcessor):
     r"""Keeps the frame tokens of generated text in order.
@@ -78,8 +80,7 @@ class GeneratorSamplingLogitsProcessor(LogitsProcessor):
         for row, (generator, done) in enumerate(zip(generators, ended)):
             if not done:
                 device = generator.device if generator is not None else result.device
-                uniform = torch.rand(result.shape[1], generator=generator, device=device).to(result.device)
-                noise[row] = -torch.log(-torch.log(uniform.clamp(min=1e-20)).clamp(min=1e-20))
+                noise[row] = gumbel_noise(result.shape[1], generator, device).to(result.device)
         return result + noise
 
 

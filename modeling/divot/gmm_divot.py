@@ -30,8 +30,12 @@ def _normal(shape, generator, device):
     return torch.randn(shape, generator=generator, device=device)
 
 
-def _uniform(shape, generator, device):
-    return torch.rand(shape, generator=generator, device=device)
+def gumbel_noise(shape, generator, device):
+    """Standard Gumbel noise: the largest of logits plus it is distributed as the softmax of the logits."""
+    uniform = torch.rand(shape, generator=generator, device=device)
+    # rand may give exactly 0, and rounds to 1 on some devices; both would become infinite.
+    exponential = -torch.log(uniform.clamp(min=1e-20, max=1 - 1e-7))
+    return -torch.log(exponential)
 
 
 @dataclass
@@ -111,10 +115,8 @@ class DivotGaussianMixture:
             (..., feature_dim).
         """
         if component is None:
-            # The largest of logit + Gumbel noise is distributed as the softmax of the logits.
-            uniform = _draw(_uniform, self.weight_logits.shape, generator, self.weight_logits.device)
-            gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-20)).clamp(min=1e-20))
-            component = (self.weight_logits + gumbel).argmax(-1)
+            noisy = self.weight_logits + _draw(gumbel_noise, self.weight_logits.shape, generator, self.means.device)
+            component = noisy.argmax(-1)
         index = component[..., None, None].expand(*component.shape, 1, self.means.shape[-1])
         means = self.means.gather(-2, index).squeeze(-2)
         variances = self.variances.gather(-2, index).squeeze(-2)
@@ -145,4 +147,4 @@ class DivotGaussianMixture:
         return (self.sample if method == "mixture" else self.weighted_sample)(var_scale, generator)
 
 
-__all__ = ["SAMPLING_METHODS", "DivotGaussianMixture"]
+__all__ = ["SAMPLING_METHODS", "DivotGaussianMixture", "gumbel_noise"]

@@ -398,8 +398,8 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
                 (batch, clips per sample, ...) with `video_features_mask` (batch, clips per sample) for the real ones.
             video_token_mask: (batch, length), where features go. Default: all frame tokens that are not queries.
             target_features: features to predict, in the same layouts, with `target_features_mask`.
-            query_token_mask: (batch, length), the generation queries. Default, with targets: positions marked -1, or all
-                frame tokens when none is marked and nothing is read.
+            query_token_mask: (batch, length), the generation queries. Default, with targets: positions marked -1, or
+                all frame tokens when none is marked and nothing is read.
             labels: (batch, length), -100 where ignored; shifted inside.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
 

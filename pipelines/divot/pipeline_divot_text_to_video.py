@@ -262,8 +262,8 @@ class DivotTextToVideoPipeline(DiffusionPipeline):
             unconditional_features: features of a mid-gray clip from an earlier call.
             clip_batch_size: clips sampled at a time.
             decode_chunk_size: frames the VAE decodes at a time.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: called as (pipeline, step, timestep, tensors) after
-                every de-tokenizer step; may return tensors to replace.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: called as (pipeline, step, timestep, tensors)
+                after every de-tokenizer step; may return tensors to replace.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: return `DivotTextToVideoOutput` instead of a tuple.
 
