@@ -8,7 +8,8 @@ two files and a de-tokenizer from three; which file is which is read off the ten
 import torch
 
 from ..errors import CheckpointError
-from .checkpoints import load_strict, read_checkpoint, take_prefix
+from .checkpoints import load_strict, read_checkpoint, take_prefix, write_report
+from .divot_llm import COMPONENTS_LLM, RELEASES_LLM, card_facts_llm, convert_llm, manifest_parts_llm
 from .divot_names import (
     clip_vision_mapping,
     prefixed,
@@ -19,11 +20,6 @@ from .divot_names import (
 )
 from .mapping import ManifestPart, shorten
 from .releases import License, Release
-
-try:
-    from .divot_llm import COMPONENTS_LLM, RELEASES_LLM, convert_llm, manifest_parts_llm
-except ImportError:
-    COMPONENTS_LLM, RELEASES_LLM = {}, ()
 
 CLIP_FILE = "open_clip_pytorch_model.bin"
 CLIP_HUB_ID = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -288,34 +284,51 @@ def drop_unused_tokenizer_tensors(tensors):
 
 
 def _drop_unused_detokenizer_tensors(tensors):
-    """Removes noise tables, and the "model." that fine-tuned checkpoints may have in front of the U-Net's names."""
+    """Removes noise tables, losses, weight averages, and the "model." that fine-tuned checkpoints may have in front of
+    the names of the U-Net."""
     for name in [n for n in tensors if n.startswith("model.diffusion_model.")]:
         tensors[name.removeprefix("model.")] = tensors.pop(name)
     tables = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "scale_arr", "logvar")
-    return {name: value for name, value in tensors.items() if "." in name or not name.startswith(tables)}
+    return {
+        name: value
+        for name, value in tensors.items()
+        if not name.startswith(("loss.", "model_ema.")) and ("." in name or not name.startswith(tables))
+    }
+
+
+_UNUSED = {
+    "tokenizer": drop_unused_tokenizer_tensors,
+    "clip": lambda tensors: {n: v for n, v in tensors.items() if n.startswith("visual.") and n != "visual.proj"},
+    "detokenizer": _drop_unused_detokenizer_tensors,
+}
 
 
 def _read_files(paths):
-    """Sorts checkpoint files by what they hold: {"tokenizer", "clip", "detokenizer"} -> tensors in float32."""
-    found = {}
+    """Sorts checkpoint files by what they hold.
+
+    Returns:
+        {"tokenizer", "clip", "detokenizer"} -> tensors in float32, and a report of what was left out of each file.
+    """
+    found, left_out = {}, {}
     for path in paths:
-        tensors = read_checkpoint(path)
+        entries = []
+        tensors = read_checkpoint(path, entries)
         if any(n.startswith(("diffusion_model.", "model.diffusion_model.")) for n in tensors):
             kind = "detokenizer"
         elif any(n.startswith("temporal_encoder.") for n in tensors):
             kind = "tokenizer"
         elif any(n.startswith("visual.") for n in tensors):
             kind = "clip"
-            # Only the vision tower; the file's larger half would be read for nothing.
-            tensors = {n: value for n, value in tensors.items() if n.startswith("visual.")}
         else:
             raise CheckpointError(
                 f"{path}: neither a Divot tokenizer, a Divot de-tokenizer nor an open_clip checkpoint"
             )
         if kind in found:
             raise CheckpointError(f"{path}: a second {kind} checkpoint; give each once")
-        found[kind] = {n: value.float() if value.is_floating_point() else value for n, value in tensors.items()}
-    return found
+        used = _UNUSED[kind](dict(tensors))
+        left_out[kind] = {"tensors": len(tensors) - len(used), "entries": sorted(set(entries))}
+        found[kind] = {n: value.float() if value.is_floating_point() else value for n, value in used.items()}
+    return found, left_out
 
 
 def _build_tokenizer(files, config):
@@ -333,7 +346,7 @@ def _build_tokenizer(files, config):
         raise CheckpointError(
             f"the tokenizer's file does not hold its image encoder; also give {CLIP_FILE} of {CLIP_HUB_ID}"
         )
-    mapped = tokenizer_mapping().to_hf(drop_unused_tokenizer_tensors(tensors))
+    mapped = tokenizer_mapping().to_hf(tensors)
     with torch.device("meta"):
         model = DivotTokenizerModel(DivotTokenizerConfig(**config))
     return load_strict(model, mapped, "Divot tokenizer").eval()
@@ -345,7 +358,6 @@ def _build_detokenizer(tensors, unet, vae, resampler):
     from ..modeling.divot.resampler_divot import DivotFeatureResampler
     from ..modeling.divot.unet_divot import DivotUNet3DConditionModel
 
-    tensors = _drop_unused_detokenizer_tensors(tensors)
     parts = (
         ("diffusion_model.", DivotUNet3DConditionModel, unet, unet_mapping),
         ("first_stage_model.", AutoencoderKL, vae, vae_mapping),
@@ -382,7 +394,9 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
     from ..modeling.divot.video_processing_divot import DivotVideoProcessor
     from ..pipelines.divot.pipeline_divot_reconstruction import DivotReconstructionPipeline
 
-    files = _read_files(checkpoints)
+    if keep_training_state:
+        raise ValueError("keep_training_state: Divot checkpoints hold no training state")
+    files, left_out = _read_files(checkpoints)
     wants_pipeline = release.card == "divot_detokenizer" if release is not None else "detokenizer" in files
     if wants_pipeline != ("detokenizer" in files):
         needed = ", ".join(release.files)
@@ -412,6 +426,7 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
             vae=vae,
             scheduler=DivotDDIMScheduler(),
         ).save_pretrained(output)
+    write_report(output, source=sorted(path.name for path in checkpoints), left_out=left_out)
     if release is not None:
         from ..model_cards import write_card
 
@@ -474,8 +489,6 @@ def manifest_parts(stem, manifest):
 def card_facts(release):
     """Template variables of a release's card, counted on the meta device."""
     if any(release.name == known.name for known in RELEASES_LLM):
-        from .divot_llm import card_facts_llm
-
         return card_facts_llm(release)
     from ..modeling.divot.configuration_divot import DivotTokenizerConfig
     from ..modeling.divot.modeling_divot_tokenizer import DivotTokenizerModel

@@ -598,9 +598,11 @@ def test_convert_refuses_what_does_not_fit(golden_files, tmp_path):
     tolerated = {
         (f"model.{name}" if name.startswith("diffusion_model.") else name): value for name, value in tensors.items()
     }
-    save_file(tolerated | {"betas": torch.zeros(1000)}, tmp_path / "weights.safetensors")
+    tolerated |= {"betas": torch.zeros(1000), "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    save_file(tolerated, tmp_path / "weights.safetensors")
     cinetok.convert_checkpoint("divot", [tmp_path / "weights.safetensors", tokenizer], out, original_config=config)
     assert (out / "unet").is_dir()
+    assert json.loads((out / "conversion.json").read_text())["left_out"]["detokenizer"]["tensors"] == 3
     with pytest.raises(CheckpointError, match="do not make release"):
         cinetok.convert_checkpoint("divot", tokenizer, tmp_path / "x", release="divot_detokenizer_stage1")
 

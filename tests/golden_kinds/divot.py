@@ -1,9 +1,7 @@
 """Golden runners of Divot's tokenizer and de-tokenizer."""
 
-import importlib
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,10 +31,11 @@ from cinetok.modeling.divot.scheduling_divot import divot_betas
 from cinetok.modeling.divot.video_processing_divot import comprehension_indices, reconstruction_indices
 from cinetok.pipelines.divot.detokenizing import decode_latents, denoise
 
-from . import defer, golden
-
-if (Path(__file__).parent / "divot_llm.py").exists():
-    importlib.import_module("golden_kinds.divot_llm")
+from . import (
+    defer,
+    divot_llm,  # noqa: F401 (registers its runners)
+    golden,
+)
 
 defer("divot", "training_samples", "runs with the trainers")
 
