@@ -6,10 +6,12 @@ language model's side is in `video_lavit_llm.py`, the networks' names and sizes 
 
 from pathlib import Path
 
+import torch
+
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoints, take_prefix, write_report
 from .releases import License, Release
-from .video_lavit_llm import COMPONENTS_LLM, RELEASES_LLM, card_facts_llm, convert_llm, manifest_parts_llm
+from .video_lavit_llm import CARDS_LLM, COMPONENTS_LLM, RELEASES_LLM, card_facts_llm, convert_llm, manifest_parts_llm
 from .video_lavit_parts import (
     COMPONENTS_PARTS,
     OriginalFolder,
@@ -130,7 +132,7 @@ def manifest_parts(stem, manifest):
 
 def card_facts(release):
     """Computed facts for a release's model card."""
-    if release in RELEASES_LLM:
+    if release.card in CARDS_LLM:
         return card_facts_llm(release)
     components = {
         VISUAL: ("visual_tokenizer",),
@@ -149,7 +151,17 @@ def card_facts(release):
     if release.name == MOTION:
         facts.append(("Input", "24 maps of 20 x 36 cells, x and y, at 6 frames per second (4 seconds)"))
         facts.append(("Codes", "3 x 5 x 9 = 135 per clip, codebook of 1,024 codes of 32 numbers"))
-    return {"facts": facts, "images": release.name == IMAGE_DETOKENIZER, "raw_motion": release.name == RAW_MOTION}
+    images = release.name == IMAGE_DETOKENIZER
+    height, width = (512, 512) if images else (320, 576)
+    return {
+        "facts": facts,
+        "images": images,
+        "raw_motion": release.name == RAW_MOTION,
+        # Of the snippet.
+        "height": height,
+        "width": width,
+        "steps": 50 if images else 25,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
@@ -243,13 +255,14 @@ def _convert_image_detokenizer(folder, output):
 
 
 def _convert_video_detokenizer(folder, output):
+    # Small files first, so that a missing one is noticed before gigabytes are read.
+    vae, tokenizer = folder.vae(), folder.motion_tokenizer()
     unet, motion_encoder = folder.video_unet()
-    tokenizer = folder.motion_tokenizer()
     return _save_pipeline(
         output,
         unet=unet,
         motion_encoder=motion_encoder,
-        vae=folder.vae(),
+        vae=vae,
         scheduler=folder.scheduler(),
         motion_tokenizer=tokenizer,
         motion_processor=_motion_processor(tokenizer.config),
@@ -259,12 +272,13 @@ def _convert_video_detokenizer(folder, output):
 def _convert_raw_motion(folder, output):
     from ..modeling.video_lavit.motion_processing import VideoLavitMotionProcessor
 
+    vae = folder.vae()
     unet, motion_encoder = folder.video_unet(reconstruction=True)
     return _save_pipeline(
         output,
         unet=unet,
         motion_encoder=motion_encoder,
-        vae=folder.vae(),
+        vae=vae,
         scheduler=folder.scheduler(),
         motion_processor=VideoLavitMotionProcessor(),
     )
@@ -293,6 +307,9 @@ _KEYS = {
 }
 
 
+_STORAGE_ONLY = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def _kind_of(original):
     for kind, alternatives in _KEYS.items():
         if any(keys <= set(original) for keys in alternatives):
@@ -305,7 +322,11 @@ def _kind_of(original):
 
 def _convert_own(kind, checkpoints, output, original):
     source = ", ".join(str(path) for path in checkpoints)
-    tensors = read_checkpoints(checkpoints)
+    # Some files store weights in 8 bits to be small; no network computes in them, and the cast is exact.
+    tensors = {
+        name: value.float() if value.dtype in _STORAGE_ONLY else value
+        for name, value in read_checkpoints(checkpoints).items()
+    }
 
     def fill(component, arguments, state_dict):
         return load_strict(build(component, arguments), state_dict, f"{source} as {component}")

@@ -28,7 +28,7 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
             without that projection (only the weights for understanding have it).
 
     Raises:
-        ValueError: sizes that do not divide, or are not positive.
+        StrictDataclassError: sizes that do not divide, or are not positive; values of another type.
     """
 
     model_type = "video_lavit_visual_tokenizer"
@@ -96,7 +96,7 @@ class VideoLavitMotionTokenizerConfig(PreTrainedConfig):
         commitment_weight: weight of the commitment term in the training loss.
 
     Raises:
-        ValueError: sizes that do not divide, or strides other than 1 and 2.
+        StrictDataclassError: sizes that do not divide, strides other than 1 and 2; values of another type.
     """
 
     model_type = "video_lavit_motion_tokenizer"

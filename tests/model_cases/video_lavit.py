@@ -42,7 +42,7 @@ KEYFRAME_DECODER = {
     "prompt_dim": 8,
     "pooled_dim": 16,
 }
-MOTION_ENCODER = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "out_channels": 16}
+MOTION_ENCODER = {"grid_size": 4, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "out_channels": 16}
 UNET = {
     "block_out_channels": (32, 32),
     "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -104,7 +104,7 @@ def unet_inputs(batch):
     return {
         "sample": rows((FRAMES, 10, 8, 12), batch),
         "timestep": torch.tensor(0.7),
-        "encoder_hidden_states": rows((FRAMES, 256, 16), batch, 20),
+        "encoder_hidden_states": rows((FRAMES, 16, 16), batch, 20),
         "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).expand(batch, -1),
     }
 
