@@ -36,7 +36,7 @@ _HUB_ID = "xianfang/SeerVideo"
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _MIT = License("mit", link=f"https://huggingface.co/{_HUB_ID}")
 _OPENRAIL = License("creativeml-openrail-m", link=f"https://huggingface.co/{_SD15}")
-_PAPER = "paper (https://arxiv.org/abs/2303.14897), as quoted by later work"
+_PAPER = "paper, as quoted by later work: https://arxiv.org/abs/2303.14897"
 _SETTING = "256x256, 30 DDIM steps, guidance 7.5, float16, one sample a clip"
 # Trained and sampled under float16 autocast, which rounded the rotary angles.
 _UNET = {"rotary_angle_dtype": "float16"}
@@ -165,11 +165,12 @@ def card_facts(release):
     for name, build in (("unet", _build_unet), ("text_decomposer", _build_text_decomposer)):
         if name in release.config:
             count = sum(parameter.numel() for parameter in build(release.config[name]).parameters())
-            facts.append((f"Parameters, {name.replace('_', ' ')}", f"{count / 1e6:.1f} M"))
+            label = {"unet": "U-Net", "text_decomposer": "text decomposer"}[name]
+            facts.append((f"Parameters, {label}", f"{count / 1e6:.1f} M"))
     pipeline = release.config.get("pipeline")
     if pipeline:
         facts.append(("Frames of a window", f"{pipeline['num_frames']}, {pipeline['num_cond_frames']} of them given"))
-        facts.append(("Frame size", "256x256; other sizes whose 1/8 halves three times and is tiled by windows of 4"))
+        facts.append(("Frame size", "256x256; also 64x64, 128x128, 512x512, 768x768 and some others"))
     return {"facts": facts, "pipeline": pipeline}
 
 

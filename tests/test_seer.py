@@ -11,6 +11,7 @@ import pytest
 import run_goldens
 import run_manifests
 import torch
+from card_snippets import python_blocks, run_card
 from conftest import SHARED
 from golden_kinds import load_runners
 from model_cases import seer as tiny
@@ -28,6 +29,7 @@ from cinetok import (
 )
 from cinetok.conversion import seer as conversion
 from cinetok.conversion import stable_diffusion, state_dict_names
+from cinetok.model_cards import render_card
 from cinetok.modeling.seer.attention_seer import SeerRotaryEmbedding, from_windows, to_windows, window_shape
 from cinetok.modeling.seer.image_processing_seer import preprocess_image, preview_frames, resample_frames
 from cinetok.modeling.seer.unet_seer import InflatedConv2d, unet_config_from_2d
@@ -937,3 +939,27 @@ def test_stable_diffusion_is_inflated_without_seer_weights(originals, tmp_path, 
 def test_unet_configuration_of_stable_diffusion():
     config = unet_config_from_2d({**stable_diffusion.UNET_CONFIG, "_class_name": "UNet2DConditionModel"})
     assert config["num_attention_heads"] == 8 and config["cross_attention_dim"] == 768
+
+
+# --- cards and documentation ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sthv2bridge_seer", "sthv2_seer", "fstext_init", "seer_sd15_init"])
+def test_card_snippets_run(pipe, tmp_path, name):
+    release = next(r for r in conversion.RELEASES if r.name == name)
+    if name == "fstext_init":
+        tiny.text_decomposer(max_length=77).save_pretrained(tmp_path / name)
+    else:
+        pipe.save_pretrained(tmp_path / name)
+        Image.new("RGB", (40, 50), "red").save(tmp_path / "book.jpg")
+    card = render_card(release)
+    run_card(card, tmp_path)
+    assert (tmp_path / "close_book.mp4").exists() == (release.card == "seer")
+    assert release.name in card.split("```bash")[1]
+
+
+def test_documentation_snippet_runs(tmp_path):
+    blocks = python_blocks((Path(__file__).parents[1] / "docs" / "seer.md").read_text())
+    scope = {}
+    exec(blocks[-1], scope)  # the models, with tiny configurations
+    assert scope["noise"].shape == (1, 4, 4, 8, 8)
