@@ -9,13 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoint, write_report
 from .mapping import ManifestPart, Rename, StateDictMapping
 from .releases import License, Metric, Release
 from .sentencepiece_llama import llama_tokenizer_from_sentencepiece
-from .video_lavit_parts import OriginalFolder, motion_tokenizer_arguments, visual_tokenizer_arguments
+from .video_lavit_parts import (
+    OriginalFolder,
+    keyframe_decoder_arguments,
+    motion_encoder_arguments,
+    motion_tokenizer_arguments,
+    visual_tokenizer_arguments,
+)
 
 # ---------------------------------------------------------------------------------------------------------- releases
 
@@ -23,7 +30,8 @@ _LICENSE = License(
     "other",
     "LaVIT Community License",
     "https://github.com/jy0205/LaVIT/blob/main/LICENSE",
-    "The language model derives from LLaMA-2, whose licence applies to it as well.",
+    "The licence restricts use; read it before building on these weights. The language model derives from LLaMA-2, "
+    "whose licence applies to it as well.",
 )
 _PAPER = "Video-LaVIT, arXiv 2402.03161 (https://arxiv.org/abs/2402.03161)"
 _QA = "answers in the style of LLaVA-1.5"
@@ -137,6 +145,9 @@ RELEASES_LLM = (
 )
 
 
+CARDS_LLM = tuple({release.card for release in RELEASES_LLM})
+
+
 # ------------------------------------------------------------------------------------------------------ configurations
 
 _LLAMA_KEYS = {
@@ -181,7 +192,7 @@ def config_from_original(original):
         return make_config(arguments)
     except KeyError as error:
         raise CheckpointError(f"original configuration: {error} is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"original configuration: {error}") from error
 
 
@@ -251,7 +262,18 @@ def card_facts_llm(release):
         )
     )
     facts.append(("A clip", "1 key frame (about 90 codes), 24 motion maps (135 codes), 6 frames per second"))
-    return {"facts": facts, "understands": model.model.visual_tokenizer is not None}
+    # The rest is what the cards' snippets are run with.
+    return {
+        "facts": facts,
+        "understands": model.model.visual_tokenizer is not None,
+        "max_new_tokens": 200,
+        "height": 512,
+        "width": 896,
+        "steps": 25,
+        "keyframe_height": 576,
+        "keyframe_width": 1024,
+        "keyframe_steps": 50,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
@@ -264,7 +286,9 @@ def convert_llm(checkpoints, output, *, release=None, original_config=None, keep
         checkpoints: the authors' folder, or `language_model`/`language_model_sft` in it (for `video_lavit` all the
             folders of that release).
         output: an existing, empty folder.
-        release, original_config: what the checkpoint is, one of the two.
+        release, original_config: what the checkpoint is, one of the two. An original configuration is that of the
+            language model (see `config_from_original`), or for a whole generation system one with `llama`,
+            `visual_tokenizer`, `motion_tokenizer`, `keyframe_decoder` and `motion_encoder`.
         keep_training_state: not available, the releases hold none.
         tokenizer: path of LLaMA's `tokenizer.model` if it is neither with the checkpoint nor in `language_model`
             beside it.
@@ -279,7 +303,11 @@ def convert_llm(checkpoints, output, *, release=None, original_config=None, keep
         raise CheckpointError("Video-LaVIT's language model checkpoints hold no training state to keep")
     folder = OriginalFolder(checkpoints)
     if release is not None and release.name == PIPELINE:
-        return _convert_pipeline(folder, output, release, tokenizer)
+        return _convert_pipeline(folder, output, release, make_config(release.config), {}, tokenizer)
+    if original_config is not None and "keyframe_decoder" in original_config:
+        config = config_from_original({"llama": original_config.get("llama")})
+        release = _own_release(config, checkpoints, "video_lavit", "text-to-video")
+        return _convert_pipeline(folder, output, release, config, _pipeline_arguments(original_config), tokenizer)
     if release is not None:
         config = make_config(release.config)
         weights = folder.find("language_model_sft" if release.name == UNDERSTANDING else "language_model")
@@ -319,7 +347,7 @@ def read_language_model(weights, config):
     return model, len(constants)
 
 
-def read_processor(folder, weights, config, tokenizer=None):
+def read_processor(folder, weights, config, tokenizer=None, visual=None, motion=None):
     """The processor with LLaMA's tokenizer, which the authors store beside the generation weights."""
     from ..modeling.video_lavit.processing_video_lavit import VideoLavitProcessor
 
@@ -338,10 +366,10 @@ def read_processor(folder, weights, config, tokenizer=None):
     if len(text_tokenizer) != config.text_vocab_size:
         raise CheckpointError(f"{path}: has {len(text_tokenizer)} pieces instead of {config.text_vocab_size}")
     options = {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
-    if config.visual_tokenizer_config is not None:
-        motion = config.motion_tokenizer_config
+    visual, motion = visual or config.visual_tokenizer_config, motion or config.motion_tokenizer_config
+    if visual is not None:
         options.update(
-            image_size=config.visual_tokenizer_config.image_size,
+            image_size=visual.image_size,
             num_motion_frames=motion.num_frames,
             motion_height=motion.height,
             motion_width=motion.width,
@@ -349,18 +377,33 @@ def read_processor(folder, weights, config, tokenizer=None):
     return VideoLavitProcessor(text_tokenizer, **options)
 
 
-def _convert_pipeline(folder, output, release, tokenizer):
+def _pipeline_arguments(original):
+    """Sizes of the other networks of a generation system that is not of the released size."""
+    try:
+        return {
+            "visual_tokenizer": visual_tokenizer_arguments({**original["visual_tokenizer"], "llm_embed_dim": None}),
+            "motion_tokenizer": motion_tokenizer_arguments(original["motion_tokenizer"]),
+            "keyframe_decoder": keyframe_decoder_arguments(original["keyframe_decoder"]),
+            "motion_encoder": motion_encoder_arguments(original["motion_encoder"]),
+        }
+    except KeyError as error:
+        raise CheckpointError(f"original configuration: {error} is missing") from error
+
+
+def _convert_pipeline(folder, output, release, config, sizes, tokenizer):
     from ..pipelines.video_lavit.pipeline_video_lavit import VideoLavitPipeline
 
-    config = make_config(release.config)
     weights = folder.find("language_model")
-    unet, motion_encoder = folder.video_unet()
+    unet, motion_encoder = folder.video_unet(encoder_arguments=sizes.get("motion_encoder"))
+    visual_tokenizer = folder.visual_tokenizer(sizes.get("visual_tokenizer"))
+    motion_tokenizer = folder.motion_tokenizer(sizes.get("motion_tokenizer"))
+    processor = read_processor(folder, weights, config, tokenizer, visual_tokenizer.config, motion_tokenizer.config)
     pipeline = VideoLavitPipeline(
         language_model=read_language_model(weights, config)[0],
-        processor=read_processor(folder, weights, config, tokenizer),
-        visual_tokenizer=folder.visual_tokenizer(),
-        motion_tokenizer=folder.motion_tokenizer(),
-        keyframe_decoder=folder.keyframe_decoder(),
+        processor=processor,
+        visual_tokenizer=visual_tokenizer,
+        motion_tokenizer=motion_tokenizer,
+        keyframe_decoder=folder.keyframe_decoder(sizes.get("keyframe_decoder")),
         keyframe_unet=folder.keyframe_unet(),
         keyframe_vae=folder.keyframe_vae(),
         keyframe_scheduler=folder.keyframe_scheduler(),
@@ -373,14 +416,14 @@ def _convert_pipeline(folder, output, release, tokenizer):
     write_report(
         output,
         system="video_lavit",
-        release=release.name,
+        release=release.name if release in RELEASES_LLM else None,
         checkpoint=[path.name for path in folder.paths],
         components=sorted(name for name, part in pipeline.components.items() if part is not None),
     )
     return release
 
 
-def _own_release(config, checkpoints):
+def _own_release(config, checkpoints, card="video_lavit_llm", pipeline_tag=None):
     """A release entry for weights that are nobody's release (fine-tuned with the original layout)."""
     name = Path(checkpoints[0]).stem
     return Release(
@@ -389,12 +432,13 @@ def _own_release(config, checkpoints):
         hub_id="",
         files=[Path(path).name for path in checkpoints],
         config=config.to_diff_dict(),
-        card="video_lavit_llm",
-        pipeline_tag="video-text-to-text" if config.visual_tokenizer_config is not None else "text-generation",
+        card=card,
+        pipeline_tag=pipeline_tag
+        or ("video-text-to-text" if config.visual_tokenizer_config is not None else "text-generation"),
         license=License(
             "other", "not stated", remark="State the licence of these weights here before publishing them."
         ),
         paper="2402.03161",
-        title=f"Video-LaVIT language model, converted from {name}",
+        title=f"Video-LaVIT, converted from {name}",
         limits=("Converted from a checkpoint that is not one of the published releases; its quality is not known.",),
     )

@@ -37,8 +37,9 @@ class VideoLavitConfig(PreTrainedConfig):
             generation always pads on the left.
 
     Raises:
-        ValueError: the layout does not add up to the language model's vocabulary, a placeholder lies inside it, a
-            codebook is larger than the ids set aside, or the visual tokenizer has no projection to the model's width.
+        StrictDataclassError: the layout does not add up to the language model's vocabulary, a placeholder lies inside
+            it, a codebook is larger than the ids set aside, or the visual tokenizer does not project to the model's
+            width.
     """
 
     model_type = "video_lavit"

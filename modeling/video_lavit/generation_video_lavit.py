@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
@@ -86,6 +87,7 @@ class VideoLavitGenerationMixin(GenerationMixin):
             **options,
         )
 
+    @apply_forward_hook
     @torch.no_grad()
     def _generate_codes(
         self,
@@ -122,6 +124,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
             on_step: called after every step with the number of steps done.
         """
         device = self.get_input_embeddings().weight.device
+        if device.type == "meta":  # weights that are kept elsewhere between calls; their hooks move what they are given
+            device = torch.device("cpu")
         prompts = [torch.cat([p, p.new_tensor([start])]) for p in self._clean_prompts(prompts, device)]
         batch_size = len(prompts)
         if max_new_tokens < 1 or min_new_tokens < 0:
@@ -164,7 +168,6 @@ class VideoLavitGenerationMixin(GenerationMixin):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            # A model that is offloaded between calls answers on another device than its weights lie on.
             scores = outputs.logits[:, -1].float().to(device)
             if guided:
                 conditional, unconditional = F.log_softmax(scores, dim=-1).chunk(2)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import LlamaModel, PreTrainedModel
 from transformers import initialization as init
@@ -134,6 +135,16 @@ class VideoLavitModel(VideoLavitPreTrainedModel):
 
     def get_decoder(self):
         return self.language_model
+
+    def freeze_for_tuning(self):
+        """Leaves to train what the authors tuned for understanding: the language model with its embeddings (and
+        head), the
+        token merger and the projection. The image encoder, the token selector and everything that only makes ids (both
+        codebooks, the motion tokenizer) are frozen. Returns self."""
+        for name in ("encoder", "token_predictor", "quantize", "encode_task_layer"):
+            getattr(self.visual_tokenizer, name).requires_grad_(False)
+        self.motion_tokenizer.requires_grad_(False)
+        return self
 
     def get_image_features(self, pixel_values, gumbel_noise=None, generator=None):
         """Continuous features of images, as the language model reads them.
@@ -479,6 +490,11 @@ class VideoLavitForCausalLM(VideoLavitPreTrainedModel, VideoLavitGenerationMixin
     def get_decoder(self):
         return self.model.get_decoder()
 
+    def freeze_for_tuning(self):
+        """See [`VideoLavitModel.freeze_for_tuning`]. Returns self."""
+        self.model.freeze_for_tuning()
+        return self
+
     @can_return_tuple
     def forward(
         self,
@@ -554,6 +570,7 @@ class VideoLavitForCausalLM(VideoLavitPreTrainedModel, VideoLavitGenerationMixin
             labels=outputs.labels,
         )
 
+    @apply_forward_hook
     @torch.no_grad()
     def generate(
         self,

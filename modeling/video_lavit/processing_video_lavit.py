@@ -122,6 +122,7 @@ class VideoLavitProcessor(ProcessorMixin):
         images=None,
         text=None,
         videos=None,
+        audio=None,
         *,
         labels_from=None,
         add_special_tokens=True,
@@ -156,6 +157,8 @@ class VideoLavitProcessor(ProcessorMixin):
             ValueError: numbers of placeholders and of images or videos differ, or a file cannot be read.
             TypeError: something that is no text, image or video.
         """
+        if audio is not None:
+            raise ValueError("Video-LaVIT does not hear: leave audio out")
         if text is None:
             raise ValueError("text is needed: a prompt with <image> and <video> where images and videos belong")
         texts = [text] if isinstance(text, str) else list(text)

@@ -115,6 +115,12 @@ class VideoLavitPipeline(DiffusionPipeline):
             text_to_image=text_to_image,
         )
 
+    def to(self, *args, **kwargs):
+        """Moves every component, the optional pipeline included (see [`~diffusers.DiffusionPipeline.to`])."""
+        if self.text_to_image is not None:
+            self.text_to_image.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def check_inputs(
@@ -173,7 +179,8 @@ class VideoLavitPipeline(DiffusionPipeline):
         if images is not None:
             if len(images) != len(prompts):
                 raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-            prompts = [[*parts, one] for parts, one in zip(prompts, images)]
+            # Opened here: a path among the parts would be read as text.
+            prompts = [[*parts, to_pil(one)] for parts, one in zip(prompts, images)]
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs a text or an image")
         return [[part if isinstance(part, str) else to_pil(part) for part in parts] for parts in prompts]
@@ -256,6 +263,7 @@ class VideoLavitPipeline(DiffusionPipeline):
 
     def _own_keyframes(self, samples, height, width, num_inference_steps, guidance_scale, generator):
         """Key frames from the optional text-to-image pipeline, one per prompt: list of PIL images."""
+        self.text_to_image.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         prompts = [" ".join(parts) for parts in samples]
         output = self.text_to_image(
             prompt=prompts,
@@ -337,8 +345,8 @@ class VideoLavitPipeline(DiffusionPipeline):
         r"""Makes one image or video per prompt.
 
         Args:
-            prompt: a string, or a list with an entry per sample: a string, or a list of strings and images (path,
-                PIL, array, tensor) in reading order.
+            prompt: a string, or a list with an entry per sample: a string, or a list of strings (text) and images
+                (`pathlib.Path`, PIL, array, tensor) in reading order.
             image: image or list of images (one per sample), read after the prompt. In a video's prompt the last image
                 is the first clip's key frame, drawn by whatever model made it; only motion is written for that clip.
             modality: "video" or "image".

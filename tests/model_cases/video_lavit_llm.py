@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import tempfile
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cinetok import (
     VideoLavitConfig,
@@ -153,7 +156,7 @@ def config(with_tokenizers=True, **options):
 
 
 def language_model(with_tokenizers=True, seed=0, **options):
-    model = randomize(VideoLavitForCausalLM(config(with_tokenizers, **options)), seed)
+    model = randomize(VideoLavitForCausalLM(config(with_tokenizers, **options)), seed, 2.0)
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     return model
 
@@ -296,6 +299,51 @@ def generation_pipeline(ancestral=False, text_to_image=None):
 
 def understanding_pipeline():
     pipeline = VideoLavitUnderstandingPipeline(model=language_model(), processor=processor())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def text_to_image_pipeline():
+    """A Stable Diffusion of toy size, as any pipeline that can draw a key frame."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(vocabulary)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        tokenizer = CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=16)
+    text_config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+        pad_token_id=len(vocabulary) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        block_out_channels=[16, 32],
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=keyframe_components()["keyframe_vae"],
+        text_encoder=randomize(CLIPTextModel(text_config), 9),
+        tokenizer=tokenizer,
+        unet=randomize(unet, 10, 0.7),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
