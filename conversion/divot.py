@@ -242,12 +242,12 @@ def vae_config(section=None):
 def scheduler_config(section=None):
     """Original schedule (the de-tokenizer's own arguments) -> arguments of `DivotDDIMScheduler`."""
     arguments = _arguments(section) if section else {}
-    _expect(arguments, "noise schedule", beta_schedule="linear", zero_terminal_snr=True, rescale_betas_zero_snr=True)
-    _expect(arguments, "noise schedule", parameterization="v")
+    _expect(arguments, "noise schedule", beta_schedule="linear", parameterization="v")
     return {
         "num_train_timesteps": arguments.get("timesteps", 1000),
         "beta_start": arguments.get("linear_start", 0.00085),
         "beta_end": arguments.get("linear_end", 0.012),
+        "rescale_betas_zero_snr": arguments.get("zero_terminal_snr", arguments.get("rescale_betas_zero_snr", True)),
     }
 
 
@@ -417,6 +417,11 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
             "unet": unet_config(sections["unet"]) if sections else {},
             "vae": vae_config(sections["vae"] if sections else None),
         }
+        scheduler = {}
+        if original_config:
+            root = original_config.get("model", original_config)
+            scheduler = scheduler_config(root)
+            scheduler["timestep_spacing"] = _arguments(root).get("timestep_spacing", "uniform")
         unet, vae, resampler = _build_detokenizer(files.pop("detokenizer"), resampler=resampler, **parts)
         DivotReconstructionPipeline(
             video_processor=processor,
@@ -424,7 +429,7 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
             resampler=resampler,
             unet=unet,
             vae=vae,
-            scheduler=DivotDDIMScheduler(),
+            scheduler=DivotDDIMScheduler(**scheduler),
         ).save_pretrained(output)
     write_report(output, source=sorted(path.name for path in checkpoints), left_out=left_out)
     if release is not None:

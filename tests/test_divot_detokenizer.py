@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from card_snippets import run_card
 from conftest import SHARED
 from golden_kinds import GoldenCase, find_cases, load_runners
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -20,7 +21,9 @@ from safetensors.torch import save_file
 
 import cinetok
 from cinetok import CheckpointError, DivotDDIMScheduler, DivotReconstructionPipeline, DivotUNet3DConditionModel
+from cinetok.conversion import find_release
 from cinetok.conversion.divot_names import resampler_mapping, tokenizer_mapping, unet_mapping, vae_mapping
+from cinetok.model_cards import render_card
 from cinetok.modeling.divot.modeling_divot_tokenizer import resize_for_clip
 from cinetok.modeling.divot.unet_blocks_divot import ChannelsLastConv2d
 from cinetok.modeling.divot.video_processing_divot import clip_positions, comprehension_indices
@@ -511,6 +514,19 @@ def test_saved_pipeline_in_a_fresh_process(tmp_path):
     assert torch.allclose(torch.load(tmp_path / "frames.pt"), expected, atol=1e-5)
 
 
+def test_cards_run(tmp_path):
+    """The snippets of the tokenizer's and a de-tokenizer's card, with tiny models in the place of the released ones."""
+    pipeline = cases.pipeline()
+    pipeline.save_pretrained(tmp_path / "divot_detokenizer_stage1")
+    pipeline.video_tokenizer.save_pretrained(tmp_path / "divot_tokenizer")
+    pipeline.video_processor.save_pretrained(tmp_path / "divot_tokenizer")
+    cinetok.write_video(tmp_path / "clip.mp4", cases.video(0, num_frames=40).numpy(), fps=8)
+    texts = [render_card(find_release(name)) for name in ("divot_tokenizer", "divot_detokenizer_stage1")]
+    printed = run_card("\n".join(texts), tmp_path)
+    assert "torch.Size([3, 8, 12])" in printed
+    assert len(cinetok.read_video(tmp_path / "reconstruction.mp4").frames) == 16
+
+
 # ---- conversion --------------------------------------------------------------------------------------------------
 
 
@@ -523,8 +539,10 @@ def golden_files(tmp_path):
 
 def test_convert_detokenizer(golden_files, tmp_path):
     weights, tokenizer, config = golden_files
+    config["kwargs"]["timestep_spacing"] = "uniform_trailing"
     folder = cinetok.convert_checkpoint("divot", [weights, tokenizer], tmp_path / "out", original_config=config)
     pipeline = DivotReconstructionPipeline.from_pretrained(folder)
+    assert pipeline.scheduler.config.timestep_spacing == "uniform_trailing"
     assert pipeline.resampler.config.num_features == 64 and pipeline.unet.dtype == torch.float32
     pipeline.set_progress_bar_config(disable=True)
     case = GoldenCase(GOLDENS / "detokenizer_ddim")

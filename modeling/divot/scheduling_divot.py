@@ -15,10 +15,12 @@ from diffusers.utils.torch_utils import randn_tensor
 _SPACINGS = ("uniform", "uniform_trailing", "quad")
 
 
-def divot_betas(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012):
+def divot_betas(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True):
     """Noise schedule in float64: squares of a linear ramp, rescaled so that the last step is pure noise (zero terminal
     signal-to-noise ratio, arXiv:2305.08891, algorithm 1)."""
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
+    if not rescale_betas_zero_snr:
+        return betas
     signal = np.sqrt(np.cumprod(1.0 - betas))
     signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
     squared = signal**2
@@ -31,6 +33,7 @@ class DivotDDIMScheduler(DDIMScheduler):
     Args:
         num_train_timesteps: steps of the noise schedule.
         beta_start, beta_end: ends of the schedule before rescaling.
+        rescale_betas_zero_snr: make the last step pure noise, as the released weights were trained.
         timestep_spacing: "uniform" (1, 1 + k, 1 + 2k, ... with k = num_train_timesteps // num_inference_steps; the last
             step is never visited), "uniform_trailing" (ends at the last step) or "quad" (denser near 0).
 
@@ -44,6 +47,7 @@ class DivotDDIMScheduler(DDIMScheduler):
         num_train_timesteps: int = 1000,
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
+        rescale_betas_zero_snr: bool = True,
         timestep_spacing: str = "uniform",
         prediction_type: str = "v_prediction",
     ):
@@ -51,7 +55,7 @@ class DivotDDIMScheduler(DDIMScheduler):
             raise ValueError(f"timestep_spacing={timestep_spacing!r}; choose from {', '.join(_SPACINGS)}")
         if prediction_type != "v_prediction":
             raise ValueError(f"prediction_type={prediction_type!r}; Divot's de-tokenizer predicts v ('v_prediction')")
-        betas = divot_betas(num_train_timesteps, beta_start, beta_end)
+        betas = divot_betas(num_train_timesteps, beta_start, beta_end, rescale_betas_zero_snr)
         self.betas = torch.from_numpy(betas).float()
         self.alphas = torch.from_numpy(1.0 - betas).float()
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1.0 - betas)).float()

@@ -1,8 +1,5 @@
 """Tiny models and pipelines of Divot."""
 
-import importlib
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL
 
@@ -16,7 +13,7 @@ from cinetok import (
     DivotVideoProcessor,
 )
 
-from . import ModelCase, PipelineCase
+from . import ModelCase, PipelineCase, divot_llm
 
 FEATURES, FEATURE_DIM, CONTEXT_DIM = 8, 12, 20
 
@@ -166,7 +163,5 @@ PIPELINES = [
     PipelineCase("divot-reconstruction", pipeline, _pipeline_inputs, lambda output: output.frames),
 ]
 
-if (Path(__file__).parent / "divot_llm.py").exists():
-    _llm = importlib.import_module("model_cases.divot_llm")
-    MODELS += _llm.MODELS
-    PIPELINES += _llm.PIPELINES
+MODELS += divot_llm.MODELS
+PIPELINES += divot_llm.PIPELINES
