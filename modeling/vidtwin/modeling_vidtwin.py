@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 from .configuration_vidtwin import VidTwinConfig
 
 _NORM_EPS = 1e-6
-_CPU_CHUNK_TOKENS = 1600  # tokens of a trunk that run together at inference; two parts at the released size
+_CPU_CHUNK_TOKENS = 1100  # tokens of a trunk that run together at inference; three parts at the released size
 _BRANCHES = ("all", "structure", "dynamics")
 
 
@@ -298,7 +298,8 @@ class VidTwinTransformer(nn.Module):
 
     def run_blocks(self, hidden_states):
         """Tokens (batch, num_frames, positions, hidden_size) through all blocks."""
-        hidden_states = hidden_states + self.pos_embed
+        # Patches and features come with the channels outermost in memory, and every block would keep it that way.
+        hidden_states = (hidden_states + self.pos_embed).contiguous()
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, self.pos_embed_temporal if index == 0 else None)
         return hidden_states
