@@ -170,7 +170,7 @@ def test_attention_implementations_agree(arguments):
     video = cases.video(2, model.config)
     expected = model(video).reconstruction
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(video).reconstruction, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(model(video).reconstruction, expected, atol=5e-5, rtol=1e-4)
 
 
 def test_training_and_inference_paths_agree(model, video, monkeypatch):
@@ -179,7 +179,7 @@ def test_training_and_inference_paths_agree(model, video, monkeypatch):
     for tokens in (1, 40, 10_000):
         monkeypatch.setattr(module, "_CPU_CHUNK_TOKENS", tokens)
         with torch.no_grad():
-            torch.testing.assert_close(model(video).reconstruction, expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(model(video).reconstruction, expected, atol=5e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -235,9 +235,9 @@ def test_generators_per_sample_and_window_sizes(model):
         return model(clips, sample_posterior=True, generator=generators, **options).reconstruction
 
     expected = run(video, [3, 4])
-    torch.testing.assert_close(run(video, [3, 4], window_batch_size=1), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(video, [3, 4], window_batch_size=1), expected, atol=5e-5, rtol=1e-4)
     for index, seed in enumerate((3, 4)):
-        torch.testing.assert_close(run(video[index : index + 1], [seed])[0], expected[index], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(run(video[index : index + 1], [seed])[0], expected[index], atol=5e-5, rtol=1e-4)
     assert not torch.allclose(run(video, [3, 5])[1], expected[1])
     with pytest.raises(ValueError, match="got 1 generators for a batch of 2"):
         run(video, [3])
@@ -267,9 +267,9 @@ def test_any_length_by_windows(model, num_frames):
         window = video[:, start : start + size]
         filled = torch.cat([window, window[:, -1:].repeat(1, size - window.shape[1], 1, 1, 1)], dim=1)
         expected = model.decode(**_latents(model.encode(filled))).reconstruction[:, : window.shape[1]]
-        torch.testing.assert_close(output.reconstruction[:, start : start + size], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(output.reconstruction[:, start : start + size], expected, atol=5e-5, rtol=1e-4)
     merged = model.merge_windows(model.decode(**_latents(output)).reconstruction, num_frames)
-    torch.testing.assert_close(merged, output.reconstruction, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(merged, output.reconstruction, atol=5e-5, rtol=1e-4)
     assert torch.equal(model.merge_windows(model.split_windows(video), num_frames), video)
     torch.testing.assert_close(
         model(video, window_batch_size=1).reconstruction, output.reconstruction, atol=1e-5, rtol=1e-4
@@ -325,8 +325,8 @@ def test_reenact_takes_structure_from_one_and_dynamics_from_the_other(model):
     from_a = _latents(model.encode(model.split_windows(a)))
     from_b = _latents(model.encode(model.split_windows(b)))
     decoded = model.decode(from_a["structure"], from_b["dynamics_x"], from_b["dynamics_y"]).reconstruction
-    torch.testing.assert_close(result, model.merge_windows(decoded, 6), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model.reenact(a, a).reconstruction, model(a).reconstruction, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result, model.merge_windows(decoded, 6), atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(model.reenact(a, a).reconstruction, model(a).reconstruction, atol=5e-5, rtol=1e-4)
     assert not torch.allclose(model.reenact(b, a).reconstruction, result, atol=1e-2)
 
 
@@ -344,7 +344,7 @@ def test_reenact_samples_like_the_published_script(model):
         result = model.reenact(
             a, b, sample_posterior=True, generator=generator, window_batch_size=window_batch_size
         ).reconstruction
-        torch.testing.assert_close(result, torch.cat(expected, dim=1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(result, torch.cat(expected, dim=1), atol=5e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- save and load
