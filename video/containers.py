@@ -8,11 +8,13 @@ import os
 import struct
 
 _MATROSKA_SEGMENT = 0x18538067
+_MATROSKA_CLUSTER = 0x1F43B675
+_MATROSKA_IN_CLUSTER = {0xE7, 0xA3, 0xA0, 0xAB, 0xA7, 0xAF, 0x5854, 0xEC, 0xBF}  # timestamp, blocks, sizes, padding
 _MATROSKA_TOP = {
     0x114D9B74,  # SeekHead
     0x1549A966,  # Info
     0x1654AE6B,  # Tracks
-    0x1F43B675,  # Cluster
+    _MATROSKA_CLUSTER,
     0x1C53BB6B,  # Cues
     0x1941A469,  # Attachments
     0x1043A770,  # Chapters
@@ -86,7 +88,7 @@ def _ebml_number(file, keep_marker):
     return number
 
 
-def _matroska_problem(file, size):
+def _matroska_problem(file, size, check_cluster=None):
     """Matroska/WebM: EBML elements (RFC 8794); the Segment declares its size, clusters follow each other in it."""
     position = 0
     while position < size:
@@ -98,14 +100,35 @@ def _matroska_problem(file, size):
         if identifier == _MATROSKA_SEGMENT:
             if length >= 0 and start + length > size:
                 return _cut(size, start + length)
-            return _segment_problem(file, start, size if length < 0 else start + length, size)
+            return _segment_problem(file, start, size if length < 0 else start + length, size, check_cluster)
         if length < 0 or start + length > size:
             return _cut(size, start + max(length, 0))
         position = start + length
     return "the file is cut off: it has no segment"
 
 
-def _segment_problem(file, position, end, size):
+def matroska_block_problem(path):
+    """The same for the blocks inside the clusters of a Matroska file, where FFmpeg skips what it cannot parse; None for
+    other files. Takes a look at every block: worth it only beside decoding the whole file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        if file.read(4) != b"\x1a\x45\xdf\xa3":
+            return None
+        file.seek(0)
+        return _matroska_problem(file, size, _check_cluster)
+
+
+def _check_cluster(file, position, end):
+    while position < end:
+        file.seek(position)
+        identifier, length = _ebml_number(file, True), _ebml_number(file, False)
+        if identifier not in _MATROSKA_IN_CLUSTER or length is None or length < 0:
+            return f"the file is damaged: no known element at byte {position}"
+        position = file.tell() + length
+    return None
+
+
+def _segment_problem(file, position, end, size, check_cluster):
     while position < end:
         file.seek(position)
         identifier, length = _ebml_number(file, True), _ebml_number(file, False)
@@ -113,9 +136,11 @@ def _segment_problem(file, position, end, size):
             return f"the file is damaged: no known element at byte {position}"
         if length < 0:
             return None  # a live recording: where it should end is not known
-        position = file.tell() + length
+        start, position = file.tell(), file.tell() + length
         if position > size:
             return _cut(size, position)
+        if check_cluster and identifier == _MATROSKA_CLUSTER and (problem := check_cluster(file, start, position)):
+            return problem
     return None
 
 

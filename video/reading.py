@@ -32,6 +32,9 @@ def read_video(
     folders of pictures (24 fps unless a `video.json` written by `write_video` says otherwise). Rotation and mirroring
     noted in the file are applied. Pixels are delivered as stored: a pixel aspect ratio is not applied.
 
+    Cut-off and damaged files are noticed by what their container declares (sizes, frame counts, durations) and by
+    frames that do not decode. MPEG-TS and raw streams declare nothing: there only what FFmpeg reports is seen.
+
     Args:
         path: file or folder.
         num_frames: alone: that many frames spread evenly over the range, first and last included. With `fps`: that

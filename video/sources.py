@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import VideoReadError
-from .containers import container_problem, webp_durations
+from .containers import container_problem, matroska_block_problem, webp_durations
 
 FOLDER_FPS = 24.0  # of folders without the video.json that `write_video` puts there
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -70,7 +70,8 @@ def open_source(path, keep=False):
         raise VideoReadError(f"{path}: cannot be opened: {error.strerror}") from error
     if not head:
         raise VideoReadError(f"{path}: the file is empty (0 bytes)")
-    if head.startswith(_PILLOW_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+    motion_jpeg = path.suffix.lower() in (".mjpeg", ".mjpg")  # pictures one after the other
+    if (head.startswith(_PILLOW_MAGIC) and not motion_jpeg) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return PictureSource(path, keep)
     return FileSource(path, keep)
 
@@ -90,11 +91,11 @@ class FileSource:
 
         path = self.path
         try:
-            self._container = av.open(str(path), metadata_errors="replace")
+            self._container = av.open(f"file:{path}", metadata_errors="replace")  # a colon in the name is no protocol
         except av.error.FFmpegError as error:
             reason = self.container_problem or f"not a video, or damaged beyond reading ({error.strerror})"
             raise VideoReadError(f"{path}: {reason}") from error
-        self._opened = True
+        self._opened, self._stream = True, None
         streams = [s for s in self._container.streams.video if not s.disposition & _ATTACHED_PICTURE]
         if not streams:
             kind = "only audio" if self._container.streams.audio else "no video stream"
@@ -113,7 +114,7 @@ class FileSource:
         self._alpha_decoder = None
         if library and self._stream.metadata.get("alpha_mode") == "1" and library in av.codecs_available:
             self._alpha_decoder = av.CodecContext.create(library, "r")
-        self._one_to_one = self._stream.codec_context.name in _ONE_FRAME_PER_PACKET
+        self._one_to_one = self._stream.codec_context.codec.canonical_name in _ONE_FRAME_PER_PACKET
         # Packets carry exact presentation times, and seeking lands on a keyframe at or before the target.
         self.seekable = self._one_to_one and self._container.format.name.startswith(("mov", "matroska"))
 
@@ -124,8 +125,25 @@ class FileSource:
 
     def close(self):
         if self._opened:
+            self._opened = False
+            self._drain()
             self._container.close()
-        self._opened = False
+
+    def _drain(self):
+        """Lets the decoder's threads finish. Freed while one of them writes a log message through Python
+        (`av.logging.set_level` makes it so), FFmpeg waits for the thread, the thread for the interpreter."""
+        import av
+
+        if self._stream is None or self._stream.codec_context is None:
+            return
+        for _ in range(256):  # every call may report one more damaged frame
+            try:
+                self._stream.codec_context.decode(None)
+                return
+            except av.error.EOFError:
+                return
+            except (av.error.FFmpegError, ValueError):
+                continue
 
     def timeline(self):
         """Times of all frames in presentation order (seconds since the first) from the packets alone, nothing decoded;
@@ -168,18 +186,23 @@ class FileSource:
         index, end, previous = 0, 0.0, -math.inf
         base = None
         packets = expected = 0
+        others_end = 0.0  # of sound and the rest, in seconds
         interlaced, skipped = False, False
         constant_rate = self._container.format.name == "avi"  # its packets carry no presentation times
         try:
-            demuxer = self._container.demux(self._stream)
+            demuxer = self._container.demux()
             while True:
                 try:
                     packet = next(demuxer)
                 except StopIteration:
                     break
-                except av.error.FFmpegError as error:
-                    losses.append(f"reading stopped after {index} frames ({error.strerror})")
+                except (av.error.FFmpegError, IndexError) as error:  # IndexError: a stream the header does not know
+                    losses.append(f"reading stopped after {index} frames ({error})")
                     break
+                if packet.stream.index != self._stream.index:
+                    if packet.pts is not None and packet.time_base:
+                        others_end = max(others_end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                    continue
                 if packet.size:
                     packets += 1
                     expected += not packet.is_discard
@@ -211,38 +234,44 @@ class FileSource:
                 if start > _SEEK_FROM and base is not None and self.seekable and not skipped and not losses:
                     skipped, start_time = True, base + start
                     self._container.seek(int(start_time / self.tick), stream=self._stream, backward=True)
-                    demuxer = self._container.demux(self._stream)
+                    demuxer = self._container.demux()
             if not losses:
-                losses += self._missing(index, packets, expected, interlaced, (base or 0.0) + end, skipped)
+                losses += self._missing(index, packets, expected, interlaced, (base or 0.0) + end, others_end, skipped)
         finally:
             self.close()
         if self.container_problem:
             losses.insert(0, self.container_problem)
         self.problem = "; ".join(losses[:3]) + (f"; and {len(losses) - 3} more" if len(losses) > 3 else "") or None
 
-    def _missing(self, delivered, packets, expected, interlaced, end, skipped):
+    def _missing(self, delivered, packets, expected, interlaced, end, others_end, skipped):
         stream = self._stream
         mp4 = "mov" in self._container.format.name
         if mp4 and stream.frames > packets and not skipped:
             return [f"it declares {stream.frames} frames, but holds {packets}"]
         if self._one_to_one and not interlaced and not skipped and delivered < expected:
             return [f"it holds {expected} frames, but only {delivered} can be decoded"]
-        declared = None if mp4 else self._declared_end()
+        if self._container.format.name == "avi" and stream.frames > delivered and not skipped:
+            return [f"it declares {stream.frames} frames, but only {delivered} can be decoded"]
+        problem = matroska_block_problem(self.path)
+        if problem:
+            return [problem]
+        declared, of_stream = (None, False) if mp4 else self._declared_end()
+        end = end if of_stream else max(end, others_end)
         if declared is not None and declared - end > max(3 / self.fps, 0.02 * declared, 0.1):
             return [f"it declares {declared:.2f} s of video, but ends at {end:.2f} s"]
         return []
 
     def _declared_end(self):
-        """When the video stream should end by the container's word, in seconds; None when it does not say."""
+        """When the video stream (True) or the whole file (False) should end by the container's word, in seconds, or
+        None when it does not say."""
         match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", ""))
         if match:
             hours, minutes, seconds = match.groups()
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        container = self._container
-        # FFmpeg estimates the duration of MPEG streams from what is there, and sound may last longer than pictures.
-        if container.duration and len(container.streams) == 1 and container.format.name != "mpegts":
-            return container.duration / 1e6
-        return None
+            return int(hours) * 3600 + int(minutes) * 60 + float(seconds), True
+        # Of MPEG and raw streams, which declare nothing, FFmpeg gives estimates.
+        if self._container.duration and self._container.format.name in ("flv", "asf", "ogg", "matroska,webm"):
+            return self._container.duration / 1e6, False
+        return None, False
 
 
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: cover art of a song

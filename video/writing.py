@@ -252,7 +252,7 @@ class _FileBackend:
                 if pixel_format == "yuv420p" and name in ("libx264", "libx265") and (height % 2 or width % 2):
                     pixel_format = "yuv444p"
             self._container = av.open(
-                str(self._temporary), "w", format=form.muxer, options={"fflags": "+bitexact", **form.muxer_options}
+                f"file:{self._temporary}", "w", format=form.muxer, options={"fflags": "+bitexact", **form.muxer_options}
             )
             self._graph = None
             if name == "gif" and pixel_format == "pal8":
