@@ -23,7 +23,7 @@ _BASE = "mistralai/Mistral-7B-Instruct-v0.1"
 _TOKENIZER_FOLDER = "cvlm_mistral_instruct_tokenizer"
 _TOKENIZER_NOTE = (
     f"The text tokenizer lies in the folder `{_TOKENIZER_FOLDER}` of the authors' repository; the converter looks for "
-    "it beside the checkpoints, or takes `--tokenizer`."
+    "it beside the checkpoints, and takes it as one of them."
 )
 
 
@@ -293,8 +293,8 @@ def _find_tokenizer(paths):
             if (place / "tokenizer.model").is_file() or (place / "tokenizer.json").is_file():
                 return place
     raise CheckpointError(
-        f"no tokenizer found beside the checkpoints; download {_TOKENIZER_FOLDER} of TencentARC/Divot and pass its "
-        "folder as `tokenizer`: the ids of the added tokens are only written there"
+        f"no tokenizer found beside the checkpoints; download {_TOKENIZER_FOLDER} of TencentARC/Divot and give "
+        "its folder as another checkpoint: the ids of the added tokens are only written there"
     )
 
 

@@ -87,12 +87,13 @@ def build_divot_tokenizer(folder, num_frame_tokens=NUM_FRAME_TOKENS):
         raise CheckpointError(f"{folder}: has neither tokenizer.model nor tokenizer.json of a Mistral tokenizer")
     wanted = [*TAGS.values(), *frame_tokens(num_frame_tokens)]
     present = tokenizer.get_vocab()
-    added = added or [token for token in wanted if token not in present]
+    if added is None:
+        added = [] if wanted[len(TAGS)] in present else [token for token in wanted if token not in present]
     tokens = [AddedToken(t, normalized=False, special=t in TAGS.values()) for t in added]
     tokenizer.add_tokens(tokens)
     tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS.values())})
     vocabulary = tokenizer.get_vocab()
-    if lacking := [token for token in wanted if token not in vocabulary]:
+    if lacking := [token for token in wanted[: len(TAGS) + 1] if token not in vocabulary]:
         raise CheckpointError(f"{folder}: the tokenizer lacks {', '.join(lacking[:4])} (of {len(lacking)} tokens)")
     _prepend_bos(tokenizer)
     tokenizer.pad_token = tokenizer.unk_token
@@ -378,7 +379,7 @@ class DivotProcessor(ProcessorMixin):
         media = {"video": [], "image": []}
         for message in (message for messages in conversations for message in messages):
             for block in message["content"] if not isinstance(message["content"], str) else ():
-                if block["type"] in media and "num_clips" not in options:
+                if block["type"] in media and options.get("num_clips") is None:
                     if block.get(block["type"]) is None:
                         raise ValueError(f'a block of type {block["type"]!r} lacks its "{block["type"]}"')
                     media[block["type"]].append(block[block["type"]])

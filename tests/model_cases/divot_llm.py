@@ -123,7 +123,8 @@ def llm_inputs(batch_size):
     tags = torch.full((batch_size, 1), tag)
     ids, mask = (torch.cat([inputs[k], t], dim=1) for k, t in (("input_ids", tags), ("attention_mask", tags * 0 + 1)))
     full = processor().with_queries(ids, mask)
-    labels = full["input_ids"].masked_fill(full["attention_mask"] == -1, -100)
+    labels = full["input_ids"].masked_fill(full["attention_mask"] != 1, -100)
+    labels[:, 0] = -100  # nothing comes before it, except padding
     return {
         **full,
         "labels": labels,
