@@ -16,7 +16,7 @@ from torch import nn
 
 # Tokens a feed-forward takes at a time on a CPU when no gradient is needed: its four times wider inner activations then
 # stay in the caches, and the largest of them never exists as a whole.
-_FEED_FORWARD_CHUNK = 512
+_FEED_FORWARD_CHUNK = 1024
 
 
 class SeerRotaryEmbedding(nn.Module):
@@ -60,8 +60,13 @@ def apply_rotary_embedding(hidden_states, cos, sin):
     """Turns the first channel pairs of `hidden_states` (..., channels) by the angles whose `cos` and `sin`
     (..., dim / 2) are given; channels from dim on stay as they are."""
     dim = 2 * cos.shape[-1]
-    even, odd = hidden_states[..., 0:dim:2], hidden_states[..., 1:dim:2]
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    if hidden_states.dtype == torch.float32:
+        # The same turn as a complex product, several times faster: pairs are neighbours in memory.
+        pairs = torch.view_as_complex(hidden_states[..., :dim].unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    else:
+        even, odd = hidden_states[..., 0:dim:2], hidden_states[..., 1:dim:2]
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((turned, hidden_states[..., dim:]), dim=-1) if dim < hidden_states.shape[-1] else turned
 
 
@@ -201,20 +206,25 @@ def from_windows(windows, window, shape):
 
 
 class SeerFeedForward(FeedForward):
-    """diffusers' GEGLU feed-forward, in chunks of tokens where that is faster (see `_FEED_FORWARD_CHUNK`)."""
+    """diffusers' GEGLU feed-forward, with a faster way on CPUs (see `_FEED_FORWARD_CHUNK`)."""
 
     def __init__(self, dim):
         super().__init__(dim, activation_fn="geglu")
 
     def forward(self, hidden_states):
-        if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        # Adapters (LoRA) replace the linear layer by one that has to be called as a whole.
+        is_plain = type(self.net[0].proj) is nn.Linear
+        if torch.is_grad_enabled() or hidden_states.device.type != "cpu" or not is_plain:
             return super().forward(hidden_states)
-        tokens = hidden_states.flatten(0, -2)
-        return torch.cat([self._forward_chunk(c) for c in tokens.split(_FEED_FORWARD_CHUNK)]).view_as(hidden_states)
+        chunks = hidden_states.flatten(0, -2).split(_FEED_FORWARD_CHUNK)
+        return torch.cat([self._forward_chunk(chunk) for chunk in chunks]).view_as(hidden_states)
 
     def _forward_chunk(self, hidden_states):
-        value, gate = self.net[0].proj(hidden_states).chunk(2, dim=-1)
-        return self.net[2](F.gelu(gate).mul_(value))
+        # Two halves are faster than one product of twice the width whose halves are not contiguous.
+        value_weight, gate_weight = self.net[0].proj.weight.chunk(2)
+        value_bias, gate_bias = self.net[0].proj.bias.chunk(2)
+        gate = F.gelu(F.linear(hidden_states, gate_weight, gate_bias))
+        return self.net[2](gate.mul_(F.linear(hidden_states, value_weight, value_bias)))
 
 
 class SeerTextTransformerBlock(nn.Module):
