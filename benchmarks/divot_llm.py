@@ -69,7 +69,7 @@ def steps(model, device):
 
     def decode():
         model(ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(length)
+        cache.crop(-1)  # the token again next time
 
     def draw():
         return model.generate_video_features(prompt, marks, generator=torch.Generator().manual_seed(0))
