@@ -165,7 +165,7 @@ def run_generation(case):
         model.generate_image_tokens(
             prompts,
             guidance_scale=guidance("image_negative"),
-            negative_prompts=case.input("in.negative_prompt"),
+            negative_prompts=[row[row >= 0] for row in case.input("in.negative_prompt")],
             min_new_tokens=int(_option(case, "image_negative", r"min (\d+)")),
             max_new_tokens=int(_option(case, "image_negative", r"(\d+) tokens")),
             **greedy,
