@@ -218,7 +218,7 @@ def merge_lora(tensors: Mapping[str, torch.Tensor], lora_alpha: float, base: Map
                 f"{target}: LoRA matrices {tuple(a.shape)} and {tuple(b.shape)} do not fit {tuple(frozen.shape)}"
             )
         delta = (lora_alpha / a.shape[0]) * (b.float() @ a.float())
-        plain[weight] = (frozen.float() + delta).to(frozen.dtype if frozen.dtype == torch.float32 else torch.float32)
+        plain[weight] = frozen.float() + delta
     return plain | copies
 
 
@@ -226,13 +226,9 @@ def merge_lora(tensors: Mapping[str, torch.Tensor], lora_alpha: float, base: Map
 
 
 def _read_llm_files(paths, lora_alpha):
-    """Checkpoint files -> (Mistral's tensors, the projections' tensors, a Mistral config.json found on the way)."""
-    llm, agent, training, config = {}, {}, {}, None
+    """Checkpoint files -> (Mistral's tensors, the projections' tensors)."""
+    llm, agent, training = {}, {}, {}
     for path in _expand_folders(paths):
-        if path.is_dir() and (path / "config.json").is_file():
-            from .original_config import read_original_config
-
-            config = read_original_config(path / "config.json")
         tensors = {n: v for n, v in read_checkpoint(path).items() if not n.endswith("rotary_emb.inv_freq")}
         if any(name.startswith("llm.") for name in tensors):
             into = training
@@ -258,7 +254,7 @@ def _read_llm_files(paths, lora_alpha):
     ):
         if not tensors:
             raise CheckpointError(f"the {part} are missing among the checkpoints; also give {hint}")
-    return llm, agent, config
+    return llm, agent
 
 
 def _expand_folders(paths):
@@ -357,7 +353,7 @@ def convert_llm(
     lora = (original_config or {}).get("lora", {})
     alpha = lora_alpha if lora_alpha is not None else lora.get("lora_alpha", 32)
     folder = Path(tokenizer) if tokenizer is not None else _find_tokenizer(checkpoints)
-    llm, agent, _ = _read_llm_files(checkpoints, alpha)
+    llm, agent = _read_llm_files(checkpoints, alpha)
     config = llm_config(original_config) if original_config else {"text_config": MISTRAL_7B_DIVOT}
     processor = DivotProcessor(build_divot_tokenizer(folder), num_query_tokens=config.get("num_query_tokens", 64))
     size = config["text_config"]["vocab_size"]
