@@ -27,7 +27,8 @@ from .attention_seer import (
 )
 
 # Up to this many pixels a frame, a 3x3 convolution on a CPU runs as one matrix product over all frames: convolution
-# kernels spend most of their time repacking the (large) weights when a feature map is this small.
+# kernels spend most of their time repacking the (large) weights when a feature map is this small, and in float16 some
+# of them (4x2 with stride 2, torch 2.13) are wrong.
 _SMALL_MAP = 64
 
 
@@ -39,17 +40,19 @@ class InflatedConv2d(nn.Conv2d):
         frames = hidden_states.transpose(1, 2).flatten(0, 1)
         if self.kernel_size == (1, 1):
             frames = F.linear(frames.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        elif frames.device.type == "cpu" and self.stride == (1, 1) and height * width <= _SMALL_MAP:
+        elif frames.device.type == "cpu" and height * width <= _SMALL_MAP:
             frames = self._as_matrix_product(frames)
         else:
             frames = super().forward(frames.contiguous(memory_format=torch.channels_last))
         return frames.unflatten(0, (batch_size, num_frames)).transpose(1, 2)
 
     def _as_matrix_product(self, frames):
-        """A "same" convolution with an odd kernel: every output pixel is one row of a matrix of patches."""
-        kernel, (padding, _) = self.kernel_size[0], self.padding
+        """Every output pixel is one row of a matrix of patches."""
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
         pixels = F.pad(frames.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-        patches = pixels.unfold(1, kernel, 1).unfold(2, kernel, 1)  # batch, height, width, channels, rows, columns
+        patches = pixels.unfold(1, kernel, stride).unfold(
+            2, kernel, stride
+        )  # batch, height, width, channels, rows, columns
         patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)
         # A view where the weights are channels-last in memory.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
@@ -270,7 +273,6 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["rotary_emb"]
     _no_split_modules = ["SeerResnetBlock", "SeerTransformer3DModel"]
     _repeated_blocks = ["SeerTextTransformerBlock", "SeerTemporalTransformerBlock"]
     _skip_layerwise_casting_patterns = ["norm", "rotary_emb"]
