@@ -34,7 +34,7 @@ setup(
     package_dir={"cinetok": "."},
     package_data={
         "cinetok": ["py.typed"],
-        "cinetok.model_cards": ["*.jinja", "*.md"],
+        "cinetok.model_cards": ["*.jinja", "*.md", "*/*.md"],
         "cinetok.assets": ["*.mp4", "*.md", "*/*"],
     },
     install_requires=[
