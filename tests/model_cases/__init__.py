@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("vidtok", "vidtwin", "divot", "video_lavit", "seer")
+SYSTEMS = ("vidtok", "vidtwin", "divot", "video_lavit", "seer", "reconstruction")
 
 
 @dataclass(frozen=True)
