@@ -1,5 +1,7 @@
 """Packaging: the repository root is the package `cinetok` (see CONTRIBUTING.md, "Where things live")."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py as _build_py
 
@@ -25,7 +27,7 @@ setup(
     name="cinetok",
     version="0.1.0",
     description="Hugging Face-native home of VidTok, VidTwin, Divot, Video-LaVIT and Seer",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

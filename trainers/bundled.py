@@ -16,6 +16,13 @@ import torch
 
 from ..metrics import VideoQuality
 from ..modeling.vidtok.configuration_vidtok import VidTokConfig
+from ..modeling.vidtok.layers_vidtok import (
+    SpatialDownsample,
+    SpatialResnetBlock,
+    SpatialUpsample,
+    TemporalResnetBlock,
+    VolumeResnetBlock,
+)
 from ..modeling.vidtok.modeling_vidtok import VidTokModel
 from ..modeling.vidtok.video_processing_vidtok import VidTokVideoProcessor
 from ..video import read_video
@@ -55,7 +62,29 @@ HELD_OUT = {
     "cityCC0.mpg": slice(110, None),
 }
 # (frames, side, items, batch size, learning rate): short small clips first, then the size that is reported
-STAGES = ((5, 48, 15600, 6, 1.5e-3), (17, 128, 150, 1, 4e-4))
+STAGES = ((5, 48, 13200, 6, 2e-4), (17, 128, 120, 1, 1e-4))
+
+
+@torch.no_grad()
+def start_as_linear_codec(model):
+    """Initial weights that learn fast: residual branches start at zero, so signals pass through the resampling path alone,
+    whose convolutions keep their scale; and the posterior starts narrow, where width 1 would drown the latents.
+    """
+    for module in model.modules():
+        if isinstance(module, (SpatialResnetBlock, TemporalResnetBlock, VolumeResnetBlock)):
+            last = getattr(module.conv2, "conv", module.conv2)
+            last.weight.zero_()
+            last.bias.zero_()
+            if getattr(module, "has_shortcut", False):
+                module.nin_shortcut.weight.mul_(3**0.5)
+        elif isinstance(module, (SpatialDownsample, SpatialUpsample)):
+            module.conv.weight.mul_(3**0.5)
+    for part in (model.encoder, model.decoder):
+        part.conv_in.conv.weight.mul_(3**0.5)
+        part.mid.attn_1.proj_out.conv.weight.zero_()
+    last = model.encoder.conv_out.conv
+    last.weight[model.config.latent_channels :] *= 0.1
+    last.bias[model.config.latent_channels :] = -5.0
 
 
 def find_files(packages, names, folder):
@@ -104,11 +133,7 @@ def main(arguments=None):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VidTokModel(VidTokConfig(**CONFIG))
-    # A posterior of width 1 would drown the latents of the first few hundred steps: start with a narrow one.
-    with torch.no_grad():
-        last = model.encoder.conv_out.conv
-        last.weight[CONFIG["latent_channels"] :] *= 0.1
-        last.bias[CONFIG["latent_channels"] :] = -5.0
+    start_as_linear_codec(model)
     with tempfile.TemporaryDirectory() as folder:
         paths = find_files(options.packages, {*VIDEOS, *PICTURES}, folder)
         sources = [ClipSource(paths[n], part.start, part.stop, weight) for n, (part, weight) in VIDEOS.items()]

@@ -147,7 +147,12 @@ class VidTokNorm(nn.Module):
         if self.is_layernorm:
             return self.norm(hidden_states)
         # (samples, channels, ...) as group_norm wants it, with everything that shares statistics in one sample
-        order = {"position": (0, 1, 2, 3, 4), "frame": (0, 1, 4, 2, 3), "pixel": (1, 2, 3, 4, 0), "clip": (1, 4, 0, 2, 3)}
+        order = {
+            "position": (0, 1, 2, 3, 4),
+            "frame": (0, 1, 4, 2, 3),
+            "pixel": (1, 2, 3, 4, 0),
+            "clip": (1, 4, 0, 2, 3),
+        }
         order = order[self.statistics]
         samples = hidden_states.permute(order)
         normed = F.group_norm(
@@ -460,7 +465,9 @@ class TemporalDownsample(nn.Module):
         for part in frame_slices(num_frames, 2 * _elements(padded)):
             window = padded[2 * part.start : 2 * part.stop + 1]
             pooled = (window[0:-2:2] + window[1:-1:2] + window[2::2]) / 3
-            outputs.append(torch.lerp(conv_volume(window, _unwrap(self.conv), stride=2), pooled, blend.to(pooled.dtype)))
+            outputs.append(
+                torch.lerp(conv_volume(window, _unwrap(self.conv), stride=2), pooled, blend.to(pooled.dtype))
+            )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -592,7 +599,10 @@ class TemporalUpsample(nn.Module):
         first, second = torch.cat([tails[0], dense[0]]), torch.cat([tails[1], dense[1]])
         num_frames = dense[2].shape[0]
         end = first.shape[0] - lookahead
-        kept = [first[end - 2 : end].clone(), second[second.shape[0] - lookahead - 1 : second.shape[0] - lookahead].clone()]
+        kept = [
+            first[end - 2 : end].clone(),
+            second[second.shape[0] - lookahead - 1 : second.shape[0] - lookahead].clone(),
+        ]
         stream.put(self.padding.key, {"frames": cached, "tails": kept})
         return first[:num_frames] + second[:num_frames] + dense[2]
 
@@ -613,10 +623,7 @@ def init_vidtok_weights(module):
         if module.bias is not None:
             bound = (module.in_channels * module.weight[0, 0].numel()) ** -0.5
             init.uniform_(module.bias, -bound, bound)
-    elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, VidTokNorm) and not module.is_layernorm:
+    elif isinstance(module, nn.LayerNorm) or isinstance(module, VidTokNorm) and not module.is_layernorm:
         init.ones_(module.weight)
         init.zeros_(module.bias)
     elif isinstance(module, (TemporalDownsample, TemporalUpsample)):

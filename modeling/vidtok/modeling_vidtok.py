@@ -643,7 +643,9 @@ class VidTokModel(VidTokPreTrainedModel, VidTokFilesMixin):
     def _check_video(self, video):
         if not isinstance(video, torch.Tensor) or not video.is_floating_point():
             kind = video.dtype if isinstance(video, torch.Tensor) else type(video).__name__
-            raise TypeError(f"pixel_values_videos must be a floating-point tensor in [-1, 1], got {kind}; use VidTokVideoProcessor")
+            raise TypeError(
+                f"pixel_values_videos must be a floating-point tensor in [-1, 1], got {kind}; use VidTokVideoProcessor"
+            )
         if video.ndim != 5 or video.shape[2] != self.config.in_channels:
             raise ValueError(
                 "pixel_values_videos must be (batch, num_frames, channels, height, width) with "
@@ -678,7 +680,11 @@ class VidTokModel(VidTokPreTrainedModel, VidTokFilesMixin):
             )
         if 0 in latents.shape:
             raise ValueError(f"latents are empty: {tuple(latents.shape)}")
-        if not latents.is_meta and not torch.compiler.is_compiling() and not bool(torch.isfinite(latents.detach()).all()):
+        if (
+            not latents.is_meta
+            and not torch.compiler.is_compiling()
+            and not bool(torch.isfinite(latents.detach()).all())
+        ):
             raise ValueError("latents hold NaN or infinite values")
         return latents
 

@@ -286,7 +286,9 @@ class _EncodeState:
     def add(self, video):
         """A piece (1, some frames, channels, height, width); it is encoded when the next one comes."""
         if self.shape is not None and video.shape[2:] != self.shape:
-            raise ValueError(f"the size changed from {tuple(self.shape[1:])} to {tuple(video.shape[3:])} within the video")
+            raise ValueError(
+                f"the size changed from {tuple(self.shape[1:])} to {tuple(video.shape[3:])} within the video"
+            )
         self.shape = video.shape[2:]
         if self.waiting is not None:
             self._encode(self.waiting, is_last=False)
@@ -343,7 +345,9 @@ def _pieces(source):
     if isinstance(source, VideoClip) or hasattr(source, "ndim"):
         return [source]
     if not isinstance(source, Iterable):
-        raise TypeError(f"cannot read a video from {type(source).__name__}; pass a path, VideoClip, array or an iterable")
+        raise TypeError(
+            f"cannot read a video from {type(source).__name__}; pass a path, VideoClip, array or an iterable"
+        )
     return source
 
 
@@ -364,4 +368,6 @@ def _rechunk(pieces, chunk_frames):
 def _piece(frames, rate):
     if rate is None:
         return frames
-    return VideoClip(frames=frames.numpy(), fps=rate, timestamps=torch.arange(frames.shape[0]).numpy() / rate, source="")
+    return VideoClip(
+        frames=frames.numpy(), fps=rate, timestamps=torch.arange(frames.shape[0]).numpy() / rate, source=""
+    )
