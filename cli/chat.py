@@ -36,7 +36,7 @@ def run(args):
     data = {"model": str(folder.path), "video": args.video, "image": args.image}
     if args.question:
         answer = chat.ask(args.question)
-        return Result({**data, "question": args.question, "answer": answer}, answer)
+        return Result({**data, "question": args.question, "answer": answer}, "" if chat.streams else answer)
     turns = []
     interactive = sys.stdin.isatty() and not args.json
     while True:
@@ -48,7 +48,7 @@ def run(args):
         if line.strip():
             answer = chat.ask(line.strip())
             turns.append({"question": line.strip(), "answer": answer})
-            if not args.json:
+            if not args.json and not chat.streams:
                 print(answer, file=args.stdout, flush=True)
     if not turns:
         raise CommandError("no question given")
@@ -57,6 +57,8 @@ def run(args):
 
 class _Chat:
     """A conversation about one video or image; earlier turns stay in view."""
+
+    streams = False  # whether `ask` prints the answer itself, while it is written
 
     def __init__(self, args, folder):
         from .loading import seeded
@@ -99,6 +101,7 @@ class _DivotChat(_Chat):
         from . import loading
 
         args = self.args
+        self.streams = not args.json and args.stdout.isatty()
         if folder.is_pipeline:
             if args.tokenizer:
                 raise CommandError(f"--tokenizer: {folder.path} is a whole pipeline and holds one already")
@@ -123,8 +126,15 @@ class _DivotChat(_Chat):
         first, *rest = self.turns
         content = [{"type": self.kind}, {"type": "text", "text": first["content"]}]
         messages = [{"role": "user", "content": content}, *rest]
-        output = self.pipeline(messages=messages, features=self.features, num_clips=self.num_clips, **self.options())
-        return output.texts[0]
+        inputs = {"messages": messages, "features": self.features, "num_clips": self.num_clips, **self.options()}
+        if not self.streams:
+            return self.pipeline(**inputs).texts[0]
+        pieces = []
+        for piece in self.pipeline.stream(**inputs):
+            print(piece, end="", file=self.args.stdout, flush=True)
+            pieces.append(piece)
+        print(file=self.args.stdout)
+        return "".join(pieces).strip()
 
 
 class _VideoLavitChat(_Chat):

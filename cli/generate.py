@@ -67,7 +67,8 @@ def run(args):
 
 def _only_for(args, system, names):
     for name in names:
-        if getattr(args, name) not in (None, False, 1):
+        value = getattr(args, name)
+        if not (value is None or value is False or (name == "num_clips" and value == 1)):
             raise CommandError(f"--{name.replace('_', '-')} is not for {system}")
 
 
@@ -182,6 +183,8 @@ def _video_lavit(args, folder, is_picture):
             raise CommandError(f"{args.image}: not a readable image") from error
     pipeline = loading.load_pipeline(folder, args)
     options = _sampling(args)
+    if args.steps is not None and not is_picture:
+        options["keyframe_num_inference_steps"] = args.steps
     names = ("height", "width", "keyframe_height", "keyframe_width", "negative_prompt")
     options.update({name: getattr(args, name) for name in names if getattr(args, name) is not None})
     output = pipeline(

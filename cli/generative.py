@@ -154,6 +154,8 @@ def detokenize(args, folder):
             raise TokenFileError(f"{args.tokens}: incomplete; tokenize the video again")
         visual = tensors["visual_indices"].to(torch.int64).split(facts["visual_lengths"])
         options = _options(args)
+        if args.steps is not None:
+            options["keyframe_num_inference_steps"] = args.steps
         frames = [
             pipeline(
                 image_indices=[codes],
