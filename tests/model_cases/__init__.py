@@ -23,7 +23,9 @@ class ModelCase:
         inputs: (batch_size) -> keyword arguments of `forward`; sample i must not depend on the batch size.
         output: key of the main result in the returned ModelOutput.
         has_loss: `forward` returns a loss for `inputs` (in training mode), so gradients can be compared.
-        exceptions: name of a check ("batch", "attention", "checkpointing", "half", "sharded") -> why it does not apply.
+        exceptions: name of a check ("batch", "attention", "checkpointing", "half", "sharded";
+            "attention_choice": it has one implementation of attention) -> why it does not apply.
+        without_gradient: pattern of parameter names (`re.fullmatch`) -> why no gradient of `inputs`' loss reaches them.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ModelCase:
     output: str
     has_loss: bool = True
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    without_gradient: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -116,12 +116,17 @@ MODELS = [
         visual_inputs,
         "merged_features",
         has_loss=False,
+        without_gradient={
+            r"encoder\.(norm|head)\..*": "features come from the last block; it is in the files",
+            r"vit_proj\..*": "the language model's projection, which it applies itself",
+        },
     ),
     ModelCase(
         "video_lavit-motion_tokenizer",
         lambda: tiny("motion_tokenizer", MOTION),
         lambda batch: {"motion_values": rows((2, 24, 4, 8), batch)},
         "reconstruction",
+        exceptions={"attention_choice": "a few positions at a time: always torch's fused attention"},
     ),
     ModelCase(
         "video_lavit-keyframe_decoder",

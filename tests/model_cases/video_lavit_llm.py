@@ -428,7 +428,19 @@ def _understanding_inputs(batch_size):
 
 
 MODELS = [
-    ModelCase("video_lavit-language_model-understanding", language_model, _video_inputs, "logits"),
+    ModelCase(
+        "video_lavit-language_model-understanding",
+        language_model,
+        _video_inputs,
+        "logits",
+        without_gradient={
+            r"model\.motion_tokenizer\..*": "the language model reads its codes, which are integers",
+            r"model\.visual_tokenizer\.(encode_task_layer|quantize|encoder\.norm|encoder\.head)\..*": (
+                "what makes codes; the language model reads the features before them"
+            ),
+            r"model\.visual_tokenizer\.token_predictor\..*": "the inputs' noise decides, so its probabilities are 0 and 1",
+        },
+    ),
     ModelCase(
         "video_lavit-language_model-generation",
         functools.partial(language_model, with_tokenizers=False),
