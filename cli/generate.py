@@ -43,7 +43,9 @@ def add_arguments(parser):
         "--keyframe-width", type=common.positive_int, metavar="PIXELS", help="Video-LaVIT: default 1024"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="Video-LaVIT: what to steer away from")
-    parser.add_argument("--max-new-tokens", type=common.positive_int, metavar="N", help="Divot: of text before a clip")
+    parser.add_argument(
+        "--max-new-tokens", type=common.positive_int, metavar="N", help="most ids written per text or clip"
+    )
     parser.add_argument("--steps", type=common.positive_int, metavar="N", help="sampling steps (default: as released)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="strength of guidance (default: as released)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
@@ -168,7 +170,7 @@ def _write_story(args, output, data):
 def _video_lavit(args, folder, is_picture):
     from . import generative, loading
 
-    _only_for(args, "Video-LaVIT", ("story", "detokenizer", "max_new_tokens"))
+    _only_for(args, "Video-LaVIT", ("story", "detokenizer"))
     if not args.prompt and args.image is None:
         raise CommandError("give a prompt, an --image, or both")
     image = None
@@ -183,6 +185,8 @@ def _video_lavit(args, folder, is_picture):
             raise CommandError(f"{args.image}: not a readable image") from error
     pipeline = loading.load_pipeline(folder, args)
     options = _sampling(args)
+    if args.max_new_tokens is not None:
+        options.update(max_image_tokens=args.max_new_tokens, max_motion_tokens=args.max_new_tokens)
     if args.steps is not None and not is_picture:
         options["keyframe_num_inference_steps"] = args.steps
     names = ("height", "width", "keyframe_height", "keyframe_width", "negative_prompt")

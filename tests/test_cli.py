@@ -120,8 +120,8 @@ FLAGS = {
     "--offload --output --seed --steps --story --width",
     "chat": "--device --dtype --greedy --image --max-new-tokens --model --offload --seed "
     "--temperature --tokenizer --video",
-    "predict": "--device --dtype --fps --guidance-scale --height --image --model --num-frames --num- "
-    "reference --offload --output --seed --steps --video --width",
+    "predict": "--device --dtype --fps --guidance-scale --height --image --model --num-frames "
+    "--num-reference --offload --output --seed --steps --video --width",
     "motion": "--end --fps --max-displacement --only --output --start",
     "convert": "--base-model --checkpoint --keep-training-state --list --lora-alpha --original-config "
     "--output --push-to-hub --release --store-dtype --tokenizer --version",
