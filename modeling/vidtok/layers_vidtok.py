@@ -20,9 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NORM_EPS = 1e-6
 NUM_NORM_GROUPS = 32
-# Elements of a slice's widest feature map without gradients. Buffers of this size (12 MB in float32) are recycled by
+# Elements of a slice's widest feature map without gradients. Buffers of this size (16 MB in float32) are recycled by
 # the allocator instead of being mapped anew, which costs more than the norms and activations that fill them.
-SLICE_ELEMENTS = 3 * 2**20
+SLICE_ELEMENTS = 4 * 2**20
 
 
 class VidTokStream:
