@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import common
 from .common import CommandError, Result
-from .models import find_model
+from .models import ModelFolder, find_model
 
 HELP = "describe a model folder or a file of tokens"
 EXAMPLE = """  cinetok info
@@ -109,6 +109,7 @@ def _compression(folder):
     if name == "VideoReconstructionPipeline":
         path = path / "tokenizer"
         name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return {"system": name, **_compression(ModelFolder(path, name, folder.kind, {}))}
     if name == "vidtwin":
         from ..modeling.vidtwin.configuration_vidtwin import VidTwinConfig
 

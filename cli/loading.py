@@ -9,22 +9,20 @@ from .common import CommandError, progress
 
 
 def quiet_libraries(args):
-    """Keeps the libraries' own bars and notes out of the way (cinetok's warnings still show)."""
+    """Keeps the libraries' own bars and notes out of the way until the command ends (cinetok's warnings still show)."""
     import diffusers
     import transformers
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if not args.debug:
-        transformers.logging.set_verbosity_error()
-        diffusers.logging.set_verbosity_error()
-    if progress(args):
-        transformers.logging.enable_progress_bar()
-        diffusers.logging.enable_progress_bar()
-        enable_progress_bars()
-    else:
-        transformers.logging.disable_progress_bar()
-        diffusers.logging.disable_progress_bar()
-        disable_progress_bars()
+    for library in (transformers.logging, diffusers.logging):
+        args.cleanup.callback(library.set_verbosity, library.get_verbosity())
+        enabled = library.is_progress_bar_enabled()
+        args.cleanup.callback(library.enable_progress_bar if enabled else library.disable_progress_bar)
+        if not args.debug:
+            library.set_verbosity_error()
+        (library.enable_progress_bar if progress(args) else library.disable_progress_bar)()
+    args.cleanup.callback(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
+    (enable_progress_bars if progress(args) else disable_progress_bars)()
 
 
 def placement(args):

@@ -82,6 +82,7 @@ def run(argv=None):
     args.stdout = sys.stdout
     try:
         with contextlib.ExitStack() as stack:
+            args.cleanup = stack
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             if not args.debug:
                 stack.enter_context(warnings.catch_warnings())

@@ -29,6 +29,7 @@ def run(capsys):
     """Runs a command line: (exit code, stdout, stderr)."""
 
     def call(*argv):
+        capsys.readouterr()  # what preparing the test printed
         code = cli.run([str(argument) for argument in argv])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -702,3 +703,14 @@ def test_damaged_models(fails, models, clip, tmp_path):
 def test_push_refuses_early(fails, models, tmp_path):
     assert "no such folder" in fails("push", tmp_path / "none", "me/x")
     assert "README.md" in fails("push", models / "fsq", "me/x")
+
+
+def test_the_libraries_settings_are_restored(ok, models, clip):
+    import diffusers
+    import transformers
+
+    libraries = (transformers.logging, diffusers.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    ok("reconstruct", clip, "--model", models / "fsq")
+    assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
+    assert ok("info", models / "pipeline")["system"] == "vidtok"
