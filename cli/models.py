@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,10 +124,17 @@ def _locate(spec):
         raise CommandError(f"{spec}: no such model folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    were_disabled = are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(str(spec)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()
         reason = first[0] if first else type(error).__name__
         raise CommandError(f"{spec}: no such folder, and not to be had from the Hub ({reason})") from error
+    finally:
+        if not were_disabled:
+            enable_progress_bars()

@@ -714,3 +714,28 @@ def test_the_libraries_settings_are_restored(ok, models, clip):
     ok("reconstruct", clip, "--model", models / "fsq")
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
     assert ok("info", models / "pipeline")["system"] == "vidtok"
+
+
+def test_push_then_use_from_the_hub(clip, tmp_path):
+    from loopback_hub import serve
+
+    folder = save_vidtok(tmp_path / "model", cases.TINY)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    server = serve()
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"}
+    environment.update(HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1", OMP_NUM_THREADS="1")
+
+    def call(*argv):
+        command = [sys.executable, "-m", "cinetok.cli", *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    try:
+        result = call("push", folder, "tester/model", "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["url"] == f"{server.address}/tester/model"
+        result = call("reconstruct", clip, "--model", "tester/model")
+        assert result.returncode == 0 and result.stdout.startswith("PSNR") and result.stderr == "", result.stderr
+        result = call("reconstruct", clip, "--model", "tester/none")
+        assert result.returncode == 2 and "tester/none" in result.stderr and len(result.stderr.splitlines()) == 1
+    finally:
+        server.shutdown()
