@@ -122,6 +122,73 @@ def evaluate_held_out(model, paths, size=128, num_frames=17):
     return report
 
 
+def write_card(folder, report, log):
+    """Writes README.md, training.json and the picture of the loss beside the weights."""
+    import jinja2
+    from huggingface_hub import ModelCardData
+
+    from .. import model_cards
+
+    config = VidTokConfig(**CONFIG)
+    side, frames = config.spatial_compression_ratio, config.temporal_compression_ratio
+    stages = []
+    for (num_frames, size, items, batch_size, learning_rate), entries in zip(STAGES, log):
+        losses = [entry["loss"] for entry in entries]
+        stages.append(
+            {
+                "frames": num_frames,
+                "side": size,
+                "steps": items // batch_size,
+                "batch": batch_size,
+                "learning_rate": learning_rate,
+                "first": round(losses[0]),
+                "last": round(sum(losses[-5:]) / len(losses[-5:])),
+            }
+        )
+    template = (Path(model_cards.__file__).parent / "bundled.md.jinja").read_text(encoding="utf-8")
+    text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
+        template
+    )
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="cinetok",
+        pipeline_tag="video-to-video",
+        tags=["cinetok", "vidtok", "arxiv:2412.13061"],
+    )
+    rows = list(report.values())
+    body = text.render(
+        compression=f"{frames}x{side}x{side}",
+        channels=config.latent_channels,
+        values=3 * frames * side**2,
+        parameters=sum(p.numel() for p in VidTokModel(config).parameters()),
+        report=report,
+        held_out={name: f"frames {part.start} to {part.stop or 'end'}" for name, part in HELD_OUT.items()},
+        mean_psnr=sum(row["psnr"] for row in rows) / len(rows),
+        mean_ssim=sum(row["ssim"] for row in rows) / len(rows),
+        stages=stages,
+    )
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps({"held_out": report, "log": log}) + "\n")
+    _plot_losses(folder / "training_loss.png", log)
+
+
+def _plot_losses(path, log):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(log), figsize=(4 * len(log), 2.6), constrained_layout=True)
+    for axis, entries, stage in zip(axes, log, STAGES):
+        axis.plot([entry["step"] for entry in entries], [entry["loss"] / (3 * stage[1] ** 2) for entry in entries])
+        axis.set(
+            title=f"{stage[0]} frames, {stage[1]} pixels", xlabel="step", ylabel="mean absolute error x 2", yscale="log"
+        )
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
@@ -162,8 +229,8 @@ def main(arguments=None):
         report = evaluate_held_out(model, {name: paths[name] for name in HELD_OUT})
     final = options.output / "model"
     model.to(torch.float16).save_pretrained(final)
-    VidTokVideoProcessor().save_pretrained(final)
-    (final / "training.json").write_text(json.dumps({"held_out": report, "log": log}, indent=1))
+    VidTokVideoProcessor(do_resize=False, do_center_crop=False).save_pretrained(final)
+    write_card(final, report, log)
     print(json.dumps(report, indent=1))
 
 
