@@ -10,7 +10,7 @@ import pytest
 import torch
 from card_snippets import run_card
 from conftest import SHARED
-from golden_kinds import GoldenCase, find_cases, load_runners
+from golden_kinds import GoldenCase, find_cases, load_runners, plain_file
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from manifest_files import load as load_manifests
 from model_cases import divot as cases
@@ -534,7 +534,10 @@ def test_cards_run(tmp_path):
 def golden_files(tmp_path):
     """The committed de-tokenizer case as files in the original's names, and its configuration."""
     case = GOLDENS / "detokenizer_ddim"
-    return case / "weights.safetensors", case / "tokenizer.safetensors", json.loads((case / "config.json").read_text())
+    folder = tmp_path / "original"
+    folder.mkdir()
+    weights, tokenizer = (plain_file(case / name, folder) for name in ("weights.safetensors", "tokenizer.safetensors"))
+    return weights, tokenizer, json.loads((case / "config.json").read_text())
 
 
 def test_convert_detokenizer(golden_files, tmp_path):

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from card_snippets import python_blocks
+from golden_kinds import plain_file
 from huggingface_hub.errors import StrictDataclassError
 from model_cases import video_lavit as cases
 from run_goldens import run_case
@@ -762,8 +763,8 @@ def test_missing_files_are_named(tmp_path, small_defaults):
 )
 def test_original_configurations_convert(tmp_path, name):
     config = GOLDENS / name / "config.json"
-    case = GOLDENS / name / "weights.safetensors"
-    output = convert_quietly(case, tmp_path / "out", original_config=config)
+    weights = plain_file(GOLDENS / name / "weights.safetensors", tmp_path)
+    output = convert_quietly(weights, tmp_path / "out", original_config=config)
     if name.endswith("_tokenizer"):
         model = AutoModel.from_pretrained(output)
         assert AutoConfig.from_pretrained(output).model_type == f"video_lavit_{name}"
@@ -776,7 +777,8 @@ def test_original_configurations_convert(tmp_path, name):
 
 def test_unknown_original_configuration_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="none of Video-LaVIT's"):
-        convert_quietly(GOLDENS / "motion_tokenizer/weights.safetensors", tmp_path / "out", original_config={"a": 1})
+        weights = plain_file(GOLDENS / "motion_tokenizer/weights.safetensors", tmp_path)
+        convert_quietly(weights, tmp_path / "out", original_config={"a": 1})
 
 
 def test_names_map_both_ways():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from golden_kinds import GoldenCase
 from huggingface_hub import ModelCard
 from manifest_files import load as load_manifests
 from run_manifests import check_manifest
@@ -514,8 +515,10 @@ def _recorded_models():
 @pytest.mark.parametrize("folder", _recorded_models())
 def test_recorded_models_convert(tmp_path, folder):
     """The original code's own configuration files and weights, wrapped as a training checkpoint."""
-    recorded = load_file(folder / json.loads((folder / "case.json").read_text()).get("weights", "weights.safetensors"))
-    weights = {name: value.float() for name, value in recorded.items()}
+    case = GoldenCase(folder)
+    weights = {
+        name: value.float() for name, value in case.weights(case.spec.get("weights", "weights.safetensors")).items()
+    }
     torch.save({"state_dict": {**weights, **make_checkpoint()[1]}, "epoch": 1}, tmp_path / "x.ckpt")
     output = convert_checkpoint(
         "vidtok",

@@ -690,8 +690,9 @@ def test_a_golden_without_its_inputs_fails(tmp_path):
     # the runner must notice numbers it does not reproduce
     source = _cases(GOLDENS)[0]
     for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    recorded = load_file(tmp_path / "io.safetensors")
+        if not file.name.startswith("io."):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    recorded = GoldenCase(source).recorded
     name = next(name for name in recorded if name.endswith(".recon"))
     recorded[name] = recorded[name] + 1e-2
     recorded["output.unknown"] = torch.zeros(1)

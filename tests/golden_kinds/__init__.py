@@ -6,12 +6,13 @@ with `case.input(name)`, and hands every result to `case.check(name, tensor)`; t
 
 import importlib
 import json
+import lzma
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 SYSTEMS = ("vidtok", "vidtwin", "divot", "video_lavit", "seer")
 RUNNERS = {}
@@ -34,6 +35,22 @@ def load_runners(system):
     """Imports the runners of one system (only what is run is imported)."""
     if system in SYSTEMS and (Path(__file__).parent / f"{system}.py").exists():
         importlib.import_module(f"golden_kinds.{system}")
+
+
+def load_tensors(path):
+    """The tensors of a .safetensors file, or of one packed by `tests/pack_goldens.py` (.safetensors.xz)."""
+    path = Path(path)
+    return load(lzma.decompress(path.read_bytes())) if path.suffix == ".xz" else load_file(path)
+
+
+def plain_file(path, folder):
+    """`path`, or, where only `path`.xz exists, a plain copy of it in `folder` (for what reads files itself)."""
+    path = Path(path)
+    if path.exists():
+        return path
+    plain = Path(folder) / path.name
+    plain.write_bytes(lzma.decompress(path.with_name(path.name + ".xz").read_bytes()))
+    return plain
 
 
 @dataclass
@@ -95,8 +112,8 @@ class GoldenCase:
         self.spec = json.loads((self.path / "case.json").read_text())
         config = self.path / "config.json"
         self.config = json.loads(config.read_text()) if config.exists() else {}
-        io = self.path / "io.safetensors"
-        self.recorded = load_file(io) if io.exists() else {}
+        io = next(self.path.glob("io.safetensors*"), None)
+        self.recorded = load_tensors(io) if io is not None else {}
         self._inputs, self._checked = set(), set()
 
     @property
@@ -112,15 +129,16 @@ class GoldenCase:
         return self.spec.get("tolerance", self.spec.get("suggested_tolerance"))
 
     def file(self, name):
-        """A file the case refers to: in the case's folder, beside it, or in a folder beside it."""
+        """A file the case refers to, plain or packed: in the case's folder, beside it, or in a folder beside it."""
         for folder in (self.path, self.path.parent):
-            if (folder / name).exists():
-                return folder / name
+            for path in (folder / name, folder / f"{name}.xz"):
+                if path.exists():
+                    return path
         raise FileNotFoundError(f"{self.path}: the case refers to {name}, which is neither in it nor beside it")
 
     def weights(self, name="weights.safetensors"):
         """The recorded weights under their original names; stored 8- and 16-bit floats are cast to float32 (exact)."""
-        stored = load_file(self.file(name))
+        stored = load_tensors(self.file(name))
         return {
             k: v.float() if v.dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn) else v
             for k, v in stored.items()

@@ -4,7 +4,6 @@ import hashlib
 import math
 
 import torch
-from safetensors.torch import load_file
 
 from cinetok import SeerDDIMScheduler, SeerPipeline, SeerTextDecomposer, SeerUNet3DConditionModel
 from cinetok.conversion.seer import COMPONENTS, text_decomposer_config, unet_config
@@ -13,7 +12,7 @@ from cinetok.modeling.seer.attention_seer import SeerRotaryEmbedding, apply_rota
 from cinetok.modeling.seer.image_processing_seer import preprocess_image, preview_frames, resample_frames
 from cinetok.modeling.seer.unet_seer import SeerDownsample, SeerResnetBlock, SeerTransformer3DModel, SeerUpsample
 from cinetok.pipelines.seer.pipeline_seer import predict_noise
-from golden_kinds import Tolerance, defer, golden
+from golden_kinds import Tolerance, defer, golden, load_tensors
 
 for _kind in ("dataset_item", "training_step"):
     defer("seer", _kind, "trainer issue")
@@ -330,11 +329,8 @@ def run_ddim_sampling(case):
 
 def _case_weights(case, name):
     """Weights of a component of a case of many, wherever the case says they are."""
-    source = case.spec["weights"][name]
-    path = (case.path / source).resolve()
-    if not path.exists():
-        raise FileNotFoundError(f"{case.path}: the weights {source} are missing")
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    tensors = load_tensors(case.file(case.spec["weights"][name]))
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 @golden("seer", "image_to_video_pipeline")

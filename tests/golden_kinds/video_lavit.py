@@ -89,7 +89,8 @@ def motion_bitstream(case):
     case.check_value("size", (motion.height, motion.width), (config["height"], config["width"]))
     case.check("out.counts", torch.tensor([len(table) for table in motion.vectors]))
     case.check("out.vectors", torch.from_numpy(np.concatenate(motion.vectors).astype(np.int16)))
-    case.check("out.map", clip_motion_map(motion, config["clip_start"]), group="map")
+    if case.has("out.map"):
+        case.check("out.map", clip_motion_map(motion, config["clip_start"]), group="map")
     if case.has("out.first_rgb"):
         # Recorded for information with PyAV's default conversion; ours is the bicubic one of the original.
         expected = case.recorded["out.first_rgb"].float()
@@ -189,8 +190,8 @@ def motion_tokenizer(case):
     record("dec_up", model.decoder.up_sample_layers, True)
     encoded = model.encode(motion)
     decoded = model.decode(encoded.indices).reconstruction
-    for name, value in stages.items():
-        case.check(name, value)
+    for name in case.names("out.enc_down_") + case.names("out.dec_up_"):
+        case.check(name, stages[name])
     case.check("out.encoder_features", encoded.last_hidden_state)
     case.check("out.pre_quant", encoded.pre_quant.permute(0, 2, 3, 4, 1))
     case.check("out.token_ids", encoded.indices.flatten(1))
