@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoint, write_report
@@ -192,7 +191,7 @@ def config_from_original(original):
         return make_config(arguments)
     except KeyError as error:
         raise CheckpointError(f"original configuration: {error} is missing") from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"original configuration: {error}") from error
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoints, save_tensors, write_report
@@ -373,7 +372,7 @@ def config_from_original(original, version=None):
     arguments.update(_regularizer_arguments(name, regularizer, encoder["z_channels"]), **_loss_arguments(params))
     try:
         return make_config(arguments)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"original configuration: {' '.join(str(error).split())}") from error
 
 

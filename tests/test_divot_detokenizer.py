@@ -11,7 +11,6 @@ import torch
 from card_snippets import run_card
 from conftest import SHARED
 from golden_kinds import GoldenCase, find_cases, load_runners, plain_file
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from manifest_files import load as load_manifests
 from model_cases import divot as cases
 from PIL import Image
@@ -233,7 +232,7 @@ def test_tokenizer_bad_input():
         model(torch.zeros(1, 4, 3, 64, 64))
     with pytest.raises(ValueError, match="expected"):
         model(torch.zeros(5, 3, 64, 64))
-    with pytest.raises(StrictDataclassClassValidationError, match="heads"):
+    with pytest.raises((ValueError, TypeError), match="heads"):
         cases.tokenizer(num_attention_heads=5)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from card_snippets import python_blocks
 from golden_kinds import plain_file
-from huggingface_hub.errors import StrictDataclassError
 from model_cases import video_lavit as cases
 from run_goldens import run_case
 from run_manifests import check_manifest
@@ -189,7 +188,7 @@ def test_visual_encode_refuses(visual):
     ],
 )
 def test_visual_config_refuses(change, message):
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         VideoLavitVisualTokenizerConfig(**{**cases.VISUAL, **change})
 
 
@@ -274,7 +273,7 @@ def test_motion_encode_refuses(motion):
     ],
 )
 def test_motion_config_refuses(change, message):
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         VideoLavitMotionTokenizerConfig(**{**cases.MOTION, **change})
 
 

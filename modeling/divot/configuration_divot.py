@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
+
+from ..configuration import strict_config
 
 # The vision tower of CLIP ViT-H/14 as trained on LAION-2B; it stays frozen.
 CLIP_VIT_H_14 = {
@@ -19,7 +20,7 @@ CLIP_VIT_H_14 = {
 }
 
 
-@strict
+@strict_config
 class DivotTokenizerConfig(PreTrainedConfig):
     r"""Configuration of `DivotTokenizerModel`.
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig, PreTrainedConfig
+
+from ..configuration import strict_config
 
 # Mistral-7B-Instruct-v0.1 with 262 added tokens.
 MISTRAL_7B_DIVOT = {
@@ -20,7 +21,7 @@ MISTRAL_7B_DIVOT = {
 }
 
 
-@strict
+@strict_config
 class DivotConfig(PreTrainedConfig):
     r"""Configuration of `DivotForCausalLM`.
 

@@ -1,10 +1,11 @@
 """Configurations of Video-LaVIT's two tokenizers. The language model's is in `configuration_video_lavit_llm.py`."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..configuration import strict_config
 
-@strict
+
+@strict_config
 class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
     r"""Configuration of [`VideoLavitVisualTokenizer`]: LaVIT's dynamic visual tokenizer ([LaVIT](https://arxiv.org/abs/2309.04669)).
 
@@ -28,7 +29,8 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
             without that projection (only the weights for understanding have it).
 
     Raises:
-        StrictDataclassError: sizes that do not divide, or are not positive; values of another type.
+        ValueError: sizes that do not divide, or are not positive.
+        TypeError: values of another type.
     """
 
     model_type = "video_lavit_visual_tokenizer"
@@ -73,7 +75,7 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"projection_dim must be positive or None, got {self.projection_dim}")
 
 
-@strict
+@strict_config
 class VideoLavitMotionTokenizerConfig(PreTrainedConfig):
     r"""Configuration of [`VideoLavitMotionTokenizer`] ([Video-LaVIT](https://arxiv.org/abs/2402.03161)).
 
@@ -96,7 +98,8 @@ class VideoLavitMotionTokenizerConfig(PreTrainedConfig):
         commitment_weight: weight of the commitment term in the training loss.
 
     Raises:
-        StrictDataclassError: sizes that do not divide, strides other than 1 and 2; values of another type.
+        ValueError: sizes that do not divide, strides other than 1 and 2.
+        TypeError: values of another type.
     """
 
     model_type = "video_lavit_motion_tokenizer"

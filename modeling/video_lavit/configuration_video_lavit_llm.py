@@ -1,14 +1,14 @@
 """Configuration of the Video-LaVIT language model: LLaMA, the id layout, and (for the tuned weights) both
 tokenizers."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from ..configuration import strict_config
 from .configuration_video_lavit import VideoLavitMotionTokenizerConfig, VideoLavitVisualTokenizerConfig
 
 
-@strict
+@strict_config
 class VideoLavitConfig(PreTrainedConfig):
     r"""Configuration of [`VideoLavitForCausalLM`] ([Video-LaVIT](https://arxiv.org/abs/2402.03161)).
 
@@ -37,7 +37,7 @@ class VideoLavitConfig(PreTrainedConfig):
             generation always pads on the left.
 
     Raises:
-        StrictDataclassError: the layout does not add up to the language model's vocabulary, a placeholder lies inside
+        ValueError: the layout does not add up to the language model's vocabulary, a placeholder lies inside
             it, a codebook is larger than the ids set aside, or the visual tokenizer does not project to the model's
             width.
     """

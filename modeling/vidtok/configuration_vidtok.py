@@ -1,10 +1,11 @@
 """Configuration of VidTok (arXiv 2412.13061)."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..configuration import strict_config
 
-@strict
+
+@strict_config
 class VidTokConfig(PreTrainedConfig):
     """Configuration of a VidTok video autoencoder.
 
@@ -77,12 +78,6 @@ class VidTokConfig(PreTrainedConfig):
         if not self.is_causal:
             self.version = None
         super().__post_init__(**kwargs)
-        # @strict runs the validators as well, but wraps what they raise in an error that is no ValueError.
-        self.validate_version()
-        self.validate_choices()
-        self.validate_fsq_levels()
-        self.validate_levels()
-        self.validate_groupnorm()
 
     def validate_version(self):
         if self.is_causal and self.version not in ("1.0", "1.1"):

@@ -3,8 +3,9 @@
 import math
 from typing import NamedTuple
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from ..configuration import strict_config
 
 
 class VidTwinLatentShapes(NamedTuple):
@@ -15,7 +16,7 @@ class VidTwinLatentShapes(NamedTuple):
     dynamics_y: tuple[int, ...]
 
 
-@strict
+@strict_config
 class VidTwinConfig(PreTrainedConfig):
     r"""
     Configuration of [`VidTwinModel`]. The defaults are the released `vidtwin_structure_7_7_8_dynamics_7_8`.
@@ -80,11 +81,6 @@ class VidTwinConfig(PreTrainedConfig):
     downsample_motion: bool = True
     motion_num_blocks: int = 1
     kl_loss_weight: float | int = 0.001
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        # @strict runs the validator as well, but wraps what it raises in an error that is no ValueError.
-        self.validate_architecture()
 
     @property
     def patch_height_and_width(self):
