@@ -88,6 +88,7 @@ AUTO_CLASSES = {
     "video_lavit_visual_tokenizer": {
         "config": "VideoLavitVisualTokenizerConfig",
         "model": "VideoLavitVisualTokenizer",
+        "image_processor": "VideoLavitImageProcessor",
     },
     "video_lavit_motion_tokenizer": {
         "config": "VideoLavitMotionTokenizerConfig",

@@ -114,6 +114,11 @@ def _register_video_processors(module):
     _extend_by_config(module.VIDEO_PROCESSOR_MAPPING, "video_processor", lambda cls: {"torchvision": cls})
 
 
+def _register_image_processors(module):
+    # The class is found under whichever of its backends transformers asks for.
+    _extend_by_config(module.IMAGE_PROCESSOR_MAPPING, "image_processor", lambda cls: {"torchvision": cls, "pil": cls})
+
+
 def _register_processors(module):
     _extend_by_config(module.PROCESSOR_MAPPING, "processor")
 
@@ -141,6 +146,7 @@ _HOOKS = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.video_processing_auto": _register_video_processors,
+    "transformers.models.auto.image_processing_auto": _register_image_processors,
     "transformers.models.auto.processing_auto": _register_processors,
     "diffusers.pipelines.pipeline_loading_utils": _register_diffusers,
 }

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -19,6 +20,8 @@ from ..errors import CheckpointError
 from .mapping import shorten
 
 REPORT_FILE = "conversion.json"
+logger = logging.getLogger(__name__)
+_EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _WRITE_ERRNOS = {
     errno.ENOSPC,
@@ -44,7 +47,8 @@ def read_checkpoint(path, left_out=None):
 
     Returns:
         dict of name -> tensor. `{"state_dict": {...}}` and `{"module": {...}}` wrappers are unwrapped and a uniform
-        leading "module." is stripped.
+        leading "module." is stripped. Tensors stored in 8-bit floats are cast to float32, which is exact, and a log
+        message says so: no model of transformers or diffusers computes in them or loads them as they are.
 
     Raises:
         CheckpointError: the file is missing, truncated, holds code instead of tensors, or no tensors.
@@ -108,6 +112,10 @@ def _flatten(loaded, path, left_out):
         raise CheckpointError(f"{path}: holds no tensors")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    eight_bit = [name for name, value in tensors.items() if value.dtype in _EIGHT_BIT_FLOATS]
+    if eight_bit:
+        logger.warning("%s: tensors stored in 8 bits, cast to float32: %d", path, len(eight_bit))
+        tensors |= {name: tensors[name].float() for name in eight_bit}
     return tensors
 
 

@@ -6,8 +6,6 @@ language model's side is in `video_lavit_llm.py`, the networks' names and sizes 
 
 from pathlib import Path
 
-import torch
-
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoints, take_prefix, write_report
 from .releases import License, Release
@@ -307,9 +305,6 @@ _KEYS = {
 }
 
 
-_STORAGE_ONLY = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
 def _kind_of(original):
     for kind, alternatives in _KEYS.items():
         if any(keys <= set(original) for keys in alternatives):
@@ -322,11 +317,7 @@ def _kind_of(original):
 
 def _convert_own(kind, checkpoints, output, original):
     source = ", ".join(str(path) for path in checkpoints)
-    # Some files store weights in 8 bits to be small; no network computes in them, and the cast is exact.
-    tensors = {
-        name: value.float() if value.dtype in _STORAGE_ONLY else value
-        for name, value in read_checkpoints(checkpoints).items()
-    }
+    tensors = read_checkpoints(checkpoints)
 
     def fill(component, arguments, state_dict):
         return load_strict(build(component, arguments), state_dict, f"{source} as {component}")

@@ -218,6 +218,18 @@ def test_large_finite_values_are_fine():
         check_state_dict(_linear(), {"weight": opposite, "bias": torch.ones(2)}, "x")
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_become_float32(tmp_path, caplog, suffix, dtype):
+    small = torch.tensor([[0.5, -1.5, 3.0]]).to(dtype)
+    tensors = {"small": small, "half": torch.ones(2, dtype=torch.float16), "count": torch.ones(1, dtype=torch.int64)}
+    (save_file if suffix == ".safetensors" else torch.save)(tensors, tmp_path / f"x{suffix}")
+    read = read_checkpoint(tmp_path / f"x{suffix}")
+    assert torch.equal(read["small"], small.float()) and read["small"].dtype == torch.float32
+    assert read["half"].dtype == torch.float16 and read["count"].dtype == torch.int64
+    assert "cast to float32: 1" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------------ atomic output
 
 

@@ -18,7 +18,7 @@ from run_goldens import run_case
 from run_manifests import check_manifest
 from safetensors.torch import save_file
 from test_motion_vectors import moving_frames, write
-from transformers import AutoConfig, AutoModel, AutoVideoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoVideoProcessor
 
 from cinetok import (
     CheckpointError,
@@ -772,6 +772,17 @@ def test_original_configurations_convert(tmp_path, name):
         model = type(parts.build(component)).from_pretrained(output)
     count = sum(1 for _ in model.state_dict())
     assert json.loads((output / "conversion.json").read_text())["converted_tensors"].popitem()[1] == count
+
+
+def test_image_processor_is_found_by_the_auto_class(tmp_path):
+    cases.tiny("visual_tokenizer", cases.VISUAL).save_pretrained(tmp_path)
+    VideoLavitImageProcessor(28).save_pretrained(tmp_path)
+    picture = PIL.Image.fromarray(np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3))
+    expected = VideoLavitImageProcessor(28)(picture)["pixel_values"]
+    for options in ({}, {"backend": "pil"}):
+        processor = AutoImageProcessor.from_pretrained(tmp_path, **options)
+        assert type(processor) is VideoLavitImageProcessor
+        assert torch.equal(processor(picture)["pixel_values"], expected)
 
 
 def test_unknown_original_configuration_is_refused(tmp_path):
