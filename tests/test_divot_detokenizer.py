@@ -487,7 +487,7 @@ import cinetok
 pipeline = DiffusionPipeline.from_pretrained({folder!r})
 assert type(pipeline) is cinetok.DivotReconstructionPipeline
 assert pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-video = torch.load({video!r})
+video = torch.load({video!r}, weights_only=True)
 frames = pipeline(video, num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt").frames
 torch.save(frames, {result!r})
 """
@@ -510,7 +510,7 @@ def test_saved_pipeline_in_a_fresh_process(tmp_path):
     expected = pipeline(
         video, num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt"
     ).frames
-    assert torch.allclose(torch.load(tmp_path / "frames.pt"), expected, atol=1e-5)
+    assert torch.allclose(torch.load(tmp_path / "frames.pt", weights_only=True), expected, atol=1e-5)
 
 
 def test_cards_run(tmp_path):

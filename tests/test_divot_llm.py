@@ -704,7 +704,7 @@ def test_conversion_of_a_training_output(release_folder, tmp_path):
 def test_conversion_refuses(release_folder, tmp_path):
     model, folder = release_folder
     config, output = _original_config(model), tmp_path / "out"
-    agent = torch.load(folder / "agent" / "pytorch_model.bin")
+    agent = torch.load(folder / "agent" / "pytorch_model.bin", weights_only=True)
     tokenizer = tmp_path / "cvlm_mistral_instruct_tokenizer"
 
     def refused(match, checkpoints=(folder,), error=CheckpointError, **options):
@@ -778,7 +778,7 @@ def test_pipeline_saved_loaded_in_a_fresh_process_and_in_batches(case, tmp_path)
         result=str(tmp_path / "result.pt"),
     )  # fmt: skip
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=300)
-    loaded = torch.load(tmp_path / "result.pt")
+    loaded = torch.load(tmp_path / "result.pt", weights_only=True)
     assert loaded == both if isinstance(both, list) else torch.equal(loaded, both)
 
 

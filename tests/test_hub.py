@@ -130,7 +130,7 @@ CONVERT_AND_LOAD = """
     )
     model, info = AutoModel.from_pretrained("tester/tokenizer", output_loading_info=True)
     assert not any(info.values()), info
-    expected = torch.load(checkpoint)["state_dict"]
+    expected = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     processor = AutoVideoProcessor.from_pretrained("tester/tokenizer")
     print(type(model).__name__, model.config.version, type(processor).__name__)

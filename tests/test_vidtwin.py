@@ -519,7 +519,7 @@ def test_convert_and_back(tmp_path, arguments):
     report = json.loads((folder / "conversion.json").read_text())
     assert report["left_out"] == {"loss.*": 1} and report["training_state"] is None
     # everything that was in the checkpoint comes back, dead tensors and float64 tables included
-    original = torch.load(path)["state_dict"]
+    original = torch.load(path, weights_only=True)["state_dict"]
     back = state_dict_names("vidtwin", "model", converted.config).from_hf(converted.state_dict())
     assert back.keys() == {name for name in original if not name.startswith("loss.")}
     assert all(torch.equal(back[name], original[name]) and back[name].dtype == original[name].dtype for name in back)
@@ -550,7 +550,7 @@ def test_convert_keeps_training_state_on_request(tmp_path):
 )
 def test_damaged_checkpoints_are_refused(tmp_path, spoil, message):
     path, _ = _checkpoint(tmp_path)
-    checkpoint = torch.load(path)
+    checkpoint = torch.load(path, weights_only=True)
     spoil(checkpoint["state_dict"])
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match=message):
