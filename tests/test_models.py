@@ -188,9 +188,7 @@ def test_half_precision_is_finite(case, dtype):
 def test_constructs_on_the_meta_device(case):
     model = case.build()
     with torch.device("meta"):
-        empty = (
-            type(model).from_config(model.config) if isinstance(model, ModelMixin) else type(model)(model.config)
-        )
+        empty = type(model).from_config(model.config) if isinstance(model, ModelMixin) else type(model)(model.config)
     real = {name for name, parameter in empty.named_parameters() if not parameter.is_meta}
     # diffusers' AlphaBlender makes its one number with torch.Tensor([...]), which does not ask for the device
     assert all(name.endswith("time_mixer.mix_factor") for name in real), sorted(real)

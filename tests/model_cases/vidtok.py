@@ -1,18 +1,12 @@
-"""Tiny models of VidTok, and the reconstruction pipeline with both of the tokenizers it takes."""
+"""Tiny models of VidTok."""
 
 import functools
 
 import torch
 
-from cinetok import (
-    VideoReconstructionPipeline,
-    VidTokConfig,
-    VidTokModel,
-    VidTokVideoProcessor,
-    VidTwinVideoProcessor,
-)
+from cinetok import VidTokConfig, VidTokModel
 
-from . import ModelCase, PipelineCase, vidtwin
+from . import ModelCase
 
 # Not narrower: normalising over four channels magnifies rounding errors beyond every tolerance.
 TINY = {"base_channels": 8, "num_res_blocks": 1, "channel_multipliers": [1, 2, 2, 2], "latent_channels": 3}
@@ -68,42 +62,4 @@ MODELS = [
     _case("noncausal-kl", 8, is_causal=False),
     _case("causal-v1.1-kl-groupnorm", 3, version="1.1", **GROUPNORM),
 ]
-
-
-def pipeline(tokenizer, video_processor, height, width):
-    result = VideoReconstructionPipeline(
-        tokenizer=tokenizer(),
-        video_processor=video_processor(
-            size={"shortest_edge": min(height, width)}, crop_size={"height": height, "width": width}, num_frames=None
-        ),
-    )
-    result.set_progress_bar_config(disable=True)
-    return result
-
-
-def _pipeline_inputs(batch_size, num_frames, **options):
-    videos = [((clip(i, num_frames, 36, 40) + 1) * 127.5).byte().permute(0, 2, 3, 1) for i in range(batch_size)]
-    return {
-        "video": videos,
-        "sample_posterior": True,
-        "generator": [torch.Generator().manual_seed(i) for i in range(batch_size)],
-        "chunk_frames": 4,
-        "output_type": "pt",
-        **options,
-    }
-
-
-PIPELINES = [
-    PipelineCase(
-        "vidtok-reconstruction",
-        functools.partial(pipeline, functools.partial(build, version="1.1"), VidTokVideoProcessor, 24, 32),
-        functools.partial(_pipeline_inputs, num_frames=7),
-        lambda output: output.frames,
-    ),
-    PipelineCase(
-        "vidtok-reconstruction-vidtwin",
-        functools.partial(pipeline, vidtwin.build, VidTwinVideoProcessor, 32, 32),
-        functools.partial(_pipeline_inputs, num_frames=6),
-        lambda output: output.frames,
-    ),
-]
+PIPELINES = []  # in reconstruction.py: the pipeline takes the tokenizers of two systems
