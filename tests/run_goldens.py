@@ -69,7 +69,9 @@ def main(argv=None):
         for row in case.rows:
             if not row.passed or not arguments.quiet:
                 mark = "ok  " if row.passed else "FAIL"
-                print(f"    {mark} {row.name:50s} abs {row.max_abs:.2e} rel {row.max_rel:.2e}  {row.tolerance}  {row.note}")
+                print(
+                    f"    {mark} {row.name:50s} abs {row.max_abs:.2e} rel {row.max_rel:.2e}  {row.tolerance}  {row.note}"
+                )
     print(", ".join(f"{number} {name}" for name, number in counts.items()) + f" of {len(cases)} cases")
     return 0 if cases and not counts["failed"] else 1
 

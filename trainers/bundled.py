@@ -61,9 +61,9 @@ HELD_OUT = {
     "carphone_pristine.mp4": slice(90, 120),
     "cityCC0.mpg": slice(110, None),
 }
-# (frames, side, items, batch size, learning rate): small clips first, which learn fastest on a CPU; then larger ones, for
-# the attention in the middle, which sees a whole frame and so depends on its size.
-STAGES = ((5, 48, 13200, 6, 2e-4), (5, 128, 450, 1, 1e-4))
+# (frames, side, items, batch size, learning rate): short clips first, which learn fastest on a CPU; then clips long enough
+# for the temporal convolutions and the interpolation between latents to see what they will see later.
+STAGES = ((5, 48, 13200, 6, 2e-4), (17, 48, 1800, 3, 1.5e-4))
 
 
 @torch.no_grad()

@@ -161,7 +161,9 @@ MODELS = [
         _tokenizer_inputs,
         "features",
         has_loss=False,
-        without_gradient={r"vision_model\.post_layernorm\..*": "features come from the layer before; it is in the files"},
+        without_gradient={
+            r"vision_model\.post_layernorm\..*": "features come from the layer before; it is in the files"
+        },
     ),
     ModelCase("divot-unet", unet, _unet_inputs, "sample", has_loss=False),
     ModelCase("divot-resampler", resampler, _resampler_inputs, "encoder_hidden_states", has_loss=False),
