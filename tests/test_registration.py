@@ -45,7 +45,9 @@ ASK = """
 import json, sys
 import diffusers, transformers
 from diffusers.pipelines import pipeline_loading_utils
-from transformers.models.auto import modeling_auto, processing_auto, video_processing_auto
+from transformers.models.auto import (
+    image_processing_auto, modeling_auto, processing_auto, video_processing_auto,
+)
 found = {}
 for model_type, classes in %(table)r.items():
     config_class = transformers.CONFIG_MAPPING[model_type]
@@ -57,10 +59,14 @@ for model_type, classes in %(table)r.items():
     ):
         if config_class in mapping:
             found[model_type][role] = mapping[config_class].__name__
-    if config_class in video_processing_auto.VIDEO_PROCESSOR_MAPPING:
-        entry = video_processing_auto.VIDEO_PROCESSOR_MAPPING[config_class]
-        entry = entry if isinstance(entry, dict) else {"": entry}
-        (found[model_type]["video_processor"],) = {cls.__name__ for cls in entry.values()}
+    for role, mapping in (
+        ("video_processor", video_processing_auto.VIDEO_PROCESSOR_MAPPING),
+        ("image_processor", image_processing_auto.IMAGE_PROCESSOR_MAPPING),
+    ):
+        if config_class in mapping:
+            entry = mapping[config_class]
+            entry = entry if isinstance(entry, dict) else {"": entry}
+            (found[model_type][role],) = {cls.__name__ for cls in entry.values()}
 loadable = pipeline_loading_utils.LOADABLE_CLASSES.get("cinetok", {})
 pipelines = [name for name in %(pipelines)r if getattr(diffusers, name).__name__ == name]
 # what was there before must still be
