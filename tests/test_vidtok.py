@@ -106,6 +106,17 @@ def test_inference_leaves_its_input_alone():
     assert torch.equal(video, copy) and torch.equal(latents, before)
 
 
+def test_blocks_keep_their_input_while_training_without_gradients():
+    """Reentrant gradient checkpointing runs blocks with gradients off and their inputs again later."""
+    model = build("v1.1").train()
+    hidden_states = clip(5, 1, 8, 8, 8)
+    copy = hidden_states.clone()
+    with torch.no_grad():
+        model.encoder.down[0].block[0](hidden_states)
+        model.encoder.down_temporal[0].block[0](hidden_states)
+    assert torch.equal(hidden_states, copy)
+
+
 def test_causality():
     """A later frame never changes earlier latents, and changes later ones."""
     for name in ("v1.0", "v1.1"):

@@ -230,7 +230,7 @@ class SpatialResnetBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states):
         """(T, B, H, W, C) -> (T, B, H, W, C'); without gradients the input may be overwritten."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:  # reentrant checkpointing trains with gradients off
             return self._shortcut(hidden_states) + self._branch(hidden_states)
         output = hidden_states
         if self.has_shortcut:
@@ -273,7 +273,7 @@ class _TimeMixingResnetBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states, stream=None):
         """(T, B, H, W, C) -> (T, B, H, W, C); without gradients the input is overwritten."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             return hidden_states + self._branch(hidden_states, stream)
         if not self.is_causal:
             hidden_states += self._branch(hidden_states, None)
