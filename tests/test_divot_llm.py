@@ -454,7 +454,8 @@ def test_vocabulary_extension():
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
     """A folder with the real sentencepiece model of Mistral-7B-Instruct-v0.1."""
-    package = pytest.importorskip("mistral_common")
+    import mistral_common as package  # in the dev extra
+
     folder = tmp_path_factory.mktemp("mistral")
     shutil.copy(Path(package.__file__).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
     return folder
