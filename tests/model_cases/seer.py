@@ -1,7 +1,7 @@
 """Tiny Seer models and pipelines."""
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cinetok import SeerDDIMScheduler, SeerPipeline, SeerTextDecomposer, SeerUNet3DConditionModel
@@ -33,6 +33,18 @@ def unet(**changes):
         "cross_attention_dim": TEXT_DIM,
     }
     return scramble(SeerUNet3DConditionModel(**(config | changes)))
+
+
+def image_unet(**changes):
+    """A U-Net of Stable Diffusion's kind."""
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": 1,
+        "cross_attention_dim": TEXT_DIM,
+        "attention_head_dim": 4,
+    }
+    return scramble(UNet2DConditionModel(**(config | changes)))
 
 
 def text_decomposer(**changes):
