@@ -1,4 +1,4 @@
-"""Runs code in a process of its own, as a user's script would: nothing of the tests is imported there."""
+"""Runs code in a process of its own, as a user's script; it can import the modules beside this one."""
 
 import subprocess
 import sys
