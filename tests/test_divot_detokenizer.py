@@ -244,6 +244,11 @@ def test_clip_choice():
     assert comprehension_indices(16, 8.0) == [[0, 4, 8, 12, 15]]
     whole = comprehension_indices(1000, 8.0, max_clips=None)
     assert len(whole) == 63 and whole[1][0] == 16 and whole[-1][-1] < 1000
+    assert clip_positions(4, 0) == [0, 1, 2, 3]
+    # Parts are whole numbers of frames; those that are a little shorter than a clip are used entirely.
+    assert comprehension_indices(1310, 30.0)[2] == [130, 145, 160, 175, 186]
+    assert comprehension_indices(1199, 29.97)[1] == [59, 73, 88, 103, 114]
+    assert comprehension_indices(1199, 30.0)[1] == [60, 75, 90, 105, 116]  # not enough for 20: consecutive clips
     with pytest.raises(ValueError, match="no frames"):
         comprehension_indices(0, 8.0)
     with pytest.raises(ValueError, match="video_fps"):
@@ -290,6 +295,8 @@ def test_processor_bad_input(tmp_path):
         processor(3)
     with pytest.raises(ValueError, match="max_clips"):
         processor(video, max_clips=0)
+    with pytest.raises(ValueError, match="video_fps=0"):
+        processor(video, video_fps=0)
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     with pytest.raises(cinetok.VideoReadError, match="broken.mp4"):
         processor(tmp_path / "broken.mp4")

@@ -26,7 +26,10 @@ _RANGE_SLACK = 1e-4
 
 
 def clip_positions(frames_per_clip=16, frame_stride=4):
-    """Positions of a clip that the tokenizer looks at: every `frame_stride`-th one, and the last."""
+    """Positions of a clip that the tokenizer looks at: every `frame_stride`-th one, and the last; with a stride of 0
+    all of them."""
+    if frame_stride == 0:
+        return list(range(frames_per_clip))
     return [*range(0, frames_per_clip, frame_stride), frames_per_clip - 1]
 
 
@@ -47,9 +50,9 @@ def _check_video(num_frames, video_fps):
 def comprehension_indices(num_frames, video_fps, *, fps=8.0, frames_per_clip=16, frame_stride=4, max_clips=20):
     """Frames the language model sees.
 
-    A video of at least `max_clips * frames_per_clip` positions is split into `max_clips` equal parts, and the first two
-    seconds of each are used. A shorter one is cut into consecutive clips; the positions of the last one are spread over
-    what is left.
+    A video of at least `max_clips * frames_per_clip` positions is split into `max_clips` parts of equally many whole
+    frames, and the first two seconds of each are used (the whole part where it is a little shorter than that). A
+    shorter one is cut into consecutive clips; the positions of the last one are spread over what is left.
 
     Args:
         num_frames, video_fps: of the video.
@@ -61,15 +64,19 @@ def comprehension_indices(num_frames, video_fps, *, fps=8.0, frames_per_clip=16,
         One list of frame indices per clip.
     """
     _check_video(num_frames, video_fps)
-    span = frames_per_clip * video_fps / fps
-    if max_clips is not None and num_frames >= max_clips * span:
-        starts = [i * num_frames / max_clips for i in range(max_clips)]
-    else:
-        starts = [i * span for i in range(math.ceil(num_frames / span))]
-    return [
-        _clip_indices(start, min(start + span, num_frames), num_frames, frames_per_clip, frame_stride)
-        for start in starts
-    ]
+    interval = video_fps / fps
+    span = frames_per_clip * interval
+    layout = (num_frames, frames_per_clip, frame_stride)
+    if max_clips is not None and num_frames // interval >= max_clips * frames_per_clip:
+        part = num_frames // max_clips
+        if part // interval < frames_per_clip:
+            span = part
+        return [_clip_indices(i * part, i * part + span, *layout) for i in range(max_clips)]
+    clips, start = [], 0
+    while start < num_frames:
+        clips.append(_clip_indices(start, min(start + span, num_frames), *layout))
+        start += span
+    return clips
 
 
 def reconstruction_indices(num_frames, video_fps, *, fps=8.0, frames_per_clip=16, frame_stride=4):
@@ -226,7 +233,7 @@ class DivotVideoProcessor(VideoProcessorMixin):
             if isinstance(video, VideoClip):
                 source, video_fps, video = video.source, video.fps, video.frames
             frames = _to_bytes(video)
-            num_frames, video_fps = len(frames), video_fps or self.fps
+            num_frames, video_fps = len(frames), self.fps if video_fps is None else video_fps
             indices = self.choose_frames(num_frames, video_fps, clip_selection, max_clips)
         played = self.frames_per_clip if clip_selection == "first" else num_frames * self.fps / video_fps
         facts = {
