@@ -315,12 +315,49 @@ def test_scheduler_steps():
     for wrong in (0, 1001):
         with pytest.raises(ValueError, match="num_inference_steps"):
             scheduler.set_timesteps(wrong)
+    with pytest.raises(ValueError, match="not an integer"):
+        scheduler.set_timesteps(2.5)
     with pytest.raises(ValueError, match="not one of"):
         scheduler.step(torch.zeros(1), 5, torch.zeros(1))
+    for wrong in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="eta="):
+            scheduler.step(torch.zeros(1), 1, torch.zeros(1), eta=wrong)
     with pytest.raises(ValueError, match="timestep_spacing"):
         DivotDDIMScheduler(timestep_spacing="leading")
     with pytest.raises(ValueError, match="set_timesteps"):
         DivotDDIMScheduler().step(torch.zeros(1), 1, torch.zeros(1))
+
+
+def test_scheduler_repeats_timesteps_and_leaves_out_impossible_ones():
+    scheduler = DivotDDIMScheduler(timestep_spacing="quad")
+    scheduler.set_timesteps(60)  # ..., 2, 1, 1: at the second 1 the table gives alpha_previous of the first step
+    assert scheduler.timesteps.tolist()[-4:] == [3, 1, 1, 1]
+    first, second = (scheduler.step_coefficients(1, 1.0, index) for index in (57, 58))
+    assert first == second and first[0] == first[1] and first[2] == 0
+    last = scheduler.step_coefficients(1, 1.0, 59)
+    assert last[1] > last[0] and last[2] > 0
+    scheduler.set_timesteps(30)
+    assert scheduler.timesteps.tolist()[-2:] == [1, 1]
+    v, x = torch.ones(1, 1), torch.ones(1, 1)
+    scheduler.set_begin_index(28)
+    results = [scheduler.step(v, 1, x, variance_noise=torch.ones(1, 1), return_dict=False)[0].item() for _ in range(2)]
+    assert results[0] != results[1] and scheduler.step_index == 30 and scheduler.begin_index == 28
+    trailing = DivotDDIMScheduler(timestep_spacing="uniform_trailing")
+    for steps in (61, 103, 121, 122, 499):  # rounding adds a step -1 in the original
+        trailing.set_timesteps(steps)
+        assert len(trailing.timesteps) == steps and trailing.timesteps.min() >= 0
+        assert trailing.step_coefficients(int(trailing.timesteps[-2]), 1.0)[2] >= 0
+
+
+def test_scheduler_rounds_as_the_original():
+    scheduler = DivotDDIMScheduler(timestep_spacing="uniform_trailing")
+    scheduler.set_timesteps(50)
+    # At 999 alpha is 0, so everything but the noise cancels: up to float32, in which the original computes.
+    step = scheduler.step(torch.zeros(1), 999, torch.ones(1), variance_noise=torch.zeros(1), return_dict=False)[0]
+    assert step.item() == pytest.approx(2**-12, rel=1e-6)
+    scheduler = DivotDDIMScheduler()
+    scheduler.set_timesteps(1)
+    assert scheduler.step_coefficients(1, 1.0)[2] == float(np.float16(0.0220947))
 
 
 def test_scheduler_finds_a_known_sample():

@@ -2,8 +2,12 @@
 
 diffusers' `DDIMScheduler` cannot reproduce it, because the original mixes two noise tables: v is turned into the
 predicted sample and noise with the float32 table, while the step itself (alphas, previous alphas, sigmas) uses the
-table rounded to float16. The images differ visibly (about 1e-2) when one table is used for both.
+table rounded to float16. The images differ visibly (about 1e-2) when one table is used for both. Its tables are also looked
+up by position instead of by timestep, which "quad" spacing visits repeatedly.
 """
+
+import math
+import numbers
 
 import numpy as np
 import torch
@@ -27,6 +31,12 @@ def divot_betas(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, re
     return 1.0 - np.concatenate([squared[:1], squared[1:] / squared[:-1]])
 
 
+def check_eta(eta):
+    """Raises ValueError unless `eta` is a number from 0 (deterministic) to 1."""
+    if not (isinstance(eta, numbers.Real) and math.isfinite(eta) and 0 <= eta <= 1):
+        raise ValueError(f"eta={eta} must be a number from 0 (deterministic) to 1")
+
+
 class DivotDDIMScheduler(DDIMScheduler):
     """DDIM with v prediction and zero terminal signal-to-noise ratio, as Divot's de-tokenizer samples.
 
@@ -35,7 +45,8 @@ class DivotDDIMScheduler(DDIMScheduler):
         beta_start, beta_end: ends of the schedule before rescaling.
         rescale_betas_zero_snr: make the last step pure noise, as the released weights were trained.
         timestep_spacing: "uniform" (1, 1 + k, 1 + 2k, ... with k = num_train_timesteps // num_inference_steps; the last
-            step is never visited), "uniform_trailing" (ends at the last step) or "quad" (denser near 0).
+            step is never visited), "uniform_trailing" (ends at the last step) or "quad" (denser near 0;
+            from 30 steps on the smallest timesteps are visited repeatedly).
 
     With "uniform" spacing a number of inference steps that does not divide `num_train_timesteps` gives more steps than
     asked for (7 gives 8), as in the original; `timesteps` holds the truth.
@@ -62,15 +73,32 @@ class DivotDDIMScheduler(DDIMScheduler):
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self._previous = None
+        self._alphas_previous = None
+        self._step_index = self._begin_index = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Position in `timesteps` of the next step; None before the first one."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Position in `timesteps` sampling starts at, if `set_begin_index` was called."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0):
+        """Says where in `timesteps` sampling starts. Needed only when it starts at a timestep that is repeated."""
+        self._begin_index = begin_index
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None):
         """Chooses the steps of a sampling run; `timesteps` then holds them, noisiest first.
 
         Raises:
-            ValueError: `num_inference_steps` is not between 1 and `num_train_timesteps`.
+            ValueError: `num_inference_steps` is not an integer between 1 and `num_train_timesteps`.
         """
         total = self.config.num_train_timesteps
+        if not isinstance(num_inference_steps, numbers.Integral) or isinstance(num_inference_steps, bool):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r} is not an integer")
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps={num_inference_steps} is not between 1 and {total}")
         if self.config.timestep_spacing == "uniform":
@@ -79,29 +107,52 @@ class DivotDDIMScheduler(DDIMScheduler):
             steps = steps[steps < total]
         elif self.config.timestep_spacing == "uniform_trailing":
             steps = np.round(np.arange(total, 0, -total / num_inference_steps))[::-1].astype(np.int64) - 1
+            # Rounding gives some numbers (61, 103, ...) a step -1 in front, where the original divides by zero.
+            steps = steps[steps >= 0]
         else:
             steps = (np.linspace(0, np.sqrt(total * 0.8), num_inference_steps) ** 2).astype(np.int64) + 1
-            if len(np.unique(steps)) < len(steps):
-                raise ValueError(f"'quad' spacing has fewer than {num_inference_steps} different steps; ask for fewer")
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.from_numpy(steps[::-1].copy()).to(device)
-        self._previous = {int(step): int(before) for step, before in zip(steps[1:], steps)} | {int(steps[0]): 0}
+        previous = np.concatenate([[0], steps[:-1]])[::-1].copy()
+        self._alphas_previous = self.alphas_cumprod[torch.from_numpy(previous)].half()
+        self._step_index = self._begin_index = None
 
-    def step_coefficients(self, timestep: int, eta: float) -> tuple[float, float, float]:
+    def index_for_timestep(self, timestep: int | torch.Tensor) -> int:
+        """First position of `timestep` in `timesteps`.
+
+        Raises:
+            ValueError: it is not one of them, or `set_timesteps` was not called.
+        """
+        if self._alphas_previous is None:
+            raise ValueError("call `set_timesteps` before sampling")
+        found = (self.timesteps == int(timestep)).nonzero()
+        if not len(found):
+            raise ValueError(f"timestep {int(timestep)} is not one of `timesteps`")
+        return int(found[0])
+
+    def step_coefficients(self, timestep: int, eta: float, index: int | None = None) -> tuple[float, float, float]:
         """(alpha_t, alpha_previous, sigma) of one step, from the noise table rounded to float16.
 
-        1 - alpha_t and its reciprocal are rounded to float16 too, everything else is float64: this is how numpy and
-        torch happened to mix types in the original, and the released images were sampled with it.
+        1 - alpha_t and its reciprocal are rounded to float16 too, everything else is float64 (with a single step:
+        float16): this is how numpy and torch happened to mix types in the original, and the released images were
+        sampled with it.
+
+        Args:
+            timestep: one of `timesteps`.
+            eta: 0 is deterministic, 1 the released setting.
+            index: its position in `timesteps`, for timesteps that are repeated. Default: the first.
+
+        Raises:
+            ValueError: another timestep, or an eta outside [0, 1].
         """
-        if self._previous is None:
-            raise ValueError("call `set_timesteps` before sampling")
-        if timestep not in self._previous:
-            raise ValueError(f"timestep {timestep} is not one of `timesteps`")
-        alpha, previous = (self.alphas_cumprod[t].half() for t in (timestep, self._previous[timestep]))
+        check_eta(eta)
+        index = self.index_for_timestep(timestep) if index is None else index
+        alpha, previous = self.alphas_cumprod[timestep].half(), self._alphas_previous[index]
         reciprocal = (1 - alpha).reciprocal()
-        alpha, previous, reciprocal = float(alpha), float(previous), float(reciprocal)
-        sigma = eta * (reciprocal * (1 - previous) * (1 - alpha / previous)) ** 0.5
-        return alpha, previous, sigma
+        number = np.float16 if len(self.timesteps) == 1 else np.float64
+        alpha, previous, reciprocal = (number(value.item()) for value in (alpha, previous, reciprocal))
+        sigma = float(eta) * np.sqrt(reciprocal * (1 - previous) * (1 - alpha / previous))
+        return float(alpha), float(previous), float(sigma)
 
     def step(
         self,
@@ -124,16 +175,28 @@ class DivotDDIMScheduler(DDIMScheduler):
             variance_noise: the noise itself, instead of a generator.
             return_dict: return an output object instead of a tuple.
 
+        Steps are taken in the order of `timesteps`; a timestep that is not the next one is looked up.
+
         Returns:
             `DDIMSchedulerOutput` with `prev_sample` and `pred_original_sample`.
+
+        Raises:
+            ValueError: a timestep that is not one of `timesteps`, or an eta outside [0, 1].
         """
         timestep = int(timestep)
-        _, previous, sigma = self.step_coefficients(timestep, eta)
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None or not 0 <= index < len(self.timesteps) or int(self.timesteps[index]) != timestep:
+            index = self.index_for_timestep(timestep)
+        _, previous, sigma = self.step_coefficients(timestep, eta, index)
+        self._step_index = index + 1
         exact = self.alphas_cumprod[timestep]
         signal, noise_level = float(exact.sqrt()), float((1 - exact).sqrt())
         original = signal * sample - noise_level * model_output
         epsilon = signal * model_output + noise_level * sample
-        previous_sample = previous**0.5 * original + max(1 - previous - sigma**2, 0.0) ** 0.5 * epsilon
+        # In float32 as in the original: at the last timestep, where everything cancels, that leaves about 2e-4.
+        rounded, spread = (torch.tensor(value, dtype=torch.float32) for value in (previous, sigma))
+        direction = float((1 - rounded - spread**2).clamp(min=0).sqrt())
+        previous_sample = float(rounded.sqrt()) * original + direction * epsilon
         if sigma > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(

@@ -257,7 +257,8 @@ def run_noise_schedule(case):
         scheduler.set_timesteps(int(steps))
         timesteps = scheduler.timesteps.flip(0)
         eta = float(table.removeprefix("sigmas_eta")) if table.startswith("sigmas") else 0.0
-        alphas, before, sigmas = np.array([scheduler.step_coefficients(int(t), eta) for t in timesteps]).T
+        coefficients = [scheduler.step_coefficients(int(t), eta, i) for i, t in enumerate(scheduler.timesteps)]
+        alphas, before, sigmas = np.array(coefficients[::-1]).T
         values = {"timesteps": timesteps, "alphas": alphas, "alphas_prev": before}
         case.check(name, torch.as_tensor(values.get(table, sigmas)))
 
