@@ -1,16 +1,18 @@
 """`cinetok predict`: how a clip goes on (Seer)."""
 
+from pathlib import Path
+
 from . import common
 from .common import CommandError, Result, existing_video
 from .models import find_model
 
 HELP = "predict how a picture or clip goes on, told by a sentence (Seer)"
-EXAMPLE = """  cinetok predict "close book" --image book.jpg -o out.gif --model sthv2_seer
+EXAMPLE = """  cinetok predict --model sthv2_seer --image book.jpg "close book" -o out.gif
   cinetok predict "fold the cloth" --video start.mp4 --num-reference 2 --num-frames 24 -o out.mp4 --model bridge_seer"""
 
 
 def add_arguments(parser):
-    parser.add_argument("prompt", help="what happens")
+    parser.add_argument("prompt", nargs="?", help="what happens")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="reference image, or several in order")
     parser.add_argument("--video", metavar="FILE", help="video whose first frames are the reference")
     parser.add_argument(
@@ -37,6 +39,7 @@ def run(args):
         raise CommandError("give --image or --video")
     if args.num_reference is not None and args.video is None:
         raise CommandError("--num-reference is for --video; with --image every image is a reference frame")
+    prompt = _prompt(args)
     for path in args.image or [args.video]:
         existing_video(path)
     common.check_video_output(args.output, *(args.image or [args.video]))
@@ -49,7 +52,7 @@ def run(args):
     references = _references(args, pipeline)
     options = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name) is not None}
     output = pipeline(
-        args.prompt,
+        prompt,
         **references,
         num_frames=args.num_frames,
         num_inference_steps=args.steps,
@@ -62,6 +65,17 @@ def run(args):
     write_video(args.output, frames, args.fps)
     data = {"output": args.output, "model": str(folder.path), "num_frames": len(frames), "fps": args.fps}
     return Result(data, f"wrote {args.output}: {len(frames)} frames at {args.fps:g} fps")
+
+
+def _prompt(args):
+    """The sentence. `--image` takes all words that follow it, so a prompt right behind its files is the last of them."""
+    if args.prompt is None and args.image is not None and len(args.image) > 1:
+        last = Path(args.image[-1])
+        if not last.exists() and last.suffix.lower() not in common.PICTURES:
+            return args.image.pop()
+    if args.prompt is None:
+        raise CommandError('no prompt: say what happens, as in cinetok predict "close book" --image book.jpg ...')
+    return args.prompt
 
 
 def _references(args, pipeline):

@@ -259,6 +259,24 @@ def test_seer_predict(ok, fails, folder, tmp_path):  # noqa: F811
     assert not (tmp_path / "x.mp4").exists()
 
 
+def test_seer_prompt_before_or_behind_the_images(ok, fails, folder, tmp_path):  # noqa: F811
+    model = ["--model", saved(folder, "seer", seer.pipeline), "--steps", 2]
+    images, output = [folder / "image.png", folder / "other.png"], ["-o", tmp_path / "out.mkv"]
+
+    def frames(*arguments):
+        ok("predict", *arguments)
+        return read_video(tmp_path / "out.mkv").frames
+
+    for given in (images[:1], images):
+        expected = frames("close book", *model, "--image", *given, *output)
+        np.testing.assert_array_equal(frames(*model, "--image", *given, "close book", *output), expected)
+        np.testing.assert_array_equal(frames(*model, "--image", *given, *output, "close book"), expected)
+        assert "no prompt" in fails("predict", *model, "--image", *given, *output)
+    assert "no prompt" in fails("predict", *model, "--video", folder / "a.mp4", *output)
+    assert "no such file" in fails("predict", *model, "--image", tmp_path / "none.png", "close book", *output)
+    assert "no prompt" in fails("predict", *model, "--image", images[0], tmp_path / "none.png", *output)
+
+
 def test_info_of_pipelines(ok, folder, detokenizer, lavit):  # noqa: F811
     for path in (detokenizer, lavit):
         data = ok("info", path)
