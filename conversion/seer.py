@@ -5,6 +5,7 @@ Stable Diffusion 1.5, which has to be given beside them. All names are kept, so 
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -235,9 +236,11 @@ def unet_config(original):
     """
     from ..modeling.seer.unet_seer import unet_config_from_2d
 
-    # Block types are fixed whatever the configuration says, and the number of norm groups reaches few norms.
-    fixed = ("down_block_types", "up_block_types", "norm_num_groups", "mid_block_type")
+    # Block types and the padding are fixed whatever the configuration says; the number of norm groups reaches few norms.
+    fixed = ("down_block_types", "up_block_types", "norm_num_groups", "mid_block_type", "downsample_padding")
     rest = {name: value for name, value in original.items() if name not in fixed}
+    if rest.get("act_fn") == "swish":
+        rest["act_fn"] = "silu"  # two names of one function
     try:
         return unet_config_from_2d(rest) | {"norm_num_groups": original.get("norm_num_groups", 32)}
     except ValueError as error:
@@ -269,31 +272,67 @@ def text_decomposer_config(original):
     return config
 
 
+# Keys of the authors' yaml files, which describe a run (and whose models are those of the releases).
+_RUN_KEYS = ("num_frames", "cond_frames", "resolution", "mixed_precision")
+# Of the authors' precisions those whose rotary angles the models can reproduce.
+_ANGLE_DTYPES = {"fp16": "float16", "no": "float32"}
+
+
 def _config_from_original(original):
     """The parts an original configuration describes: component -> our constructor arguments, and its Stable Diffusion
-    parts as they are."""
+    parts as they are.
+
+    It is the authors' yaml, with a section for every model that differs from the releases; or the arguments of a single
+    model, also as the only section.
+    """
     if "image_unet_config" in original:
         return {"image_unet": dict(original["image_unet_config"])}, {}
     if "n_heads" in original:
         return {"text_decomposer": text_decomposer_config(original)}, {}
     if "block_out_channels" in original:
         return {"unet": unet_config(original)}, {}
-    if "unet" not in original or "fstext" not in original:
+    sections = {name: _section(original, name) for name in ("unet", "fstext", "vae", "text_encoder")}
+    unet, fstext = sections["unet"], sections["fstext"]
+    is_run = any(name in original for name in _RUN_KEYS)
+    if not is_run and unet is not None and fstext is None:
+        return {"unet": unet_config(unet)}, {}
+    if not is_run and unet is None:
+        if fstext is not None:
+            return {"text_decomposer": text_decomposer_config(fstext)}, {}
         raise CheckpointError(
             "original configuration: expected the arguments of the U-Net (block_out_channels, ...), those of FSText "
-            "(n_heads, ...), or sections `unet` and `fstext`"
+            "(n_heads, ...), the authors' yaml (num_frames, cond_frames, ...), or sections `unet` and `fstext`"
         )
+    # The scripts run under float16 autocast unless told otherwise. Models described by themselves have no such default.
+    angles = {"rotary_angle_dtype": _angle_dtype(original.get("mixed_precision", "fp16" if is_run else "no"))}
     pipeline = {"num_frames": original.get("num_frames", 16), "num_cond_frames": original.get("cond_frames", 1)}
     if "resolution" in original:
         pipeline["resolution"] = original["resolution"]
-    parts = {name: original[name] for name in ("vae", "text_encoder") if name in original}
-    parts["image_unet"] = dict(original["unet"])
     config = {
-        "unet": unet_config(original["unet"]),
-        "text_decomposer": text_decomposer_config(original["fstext"]),
+        "unet": ({} if unet is None else unet_config(unet)) | angles,
+        "text_decomposer": ({} if fstext is None else text_decomposer_config(fstext)) | angles,
         "pipeline": pipeline,
     }
-    return config, parts
+    parts = {"image_unet": unet, "vae": sections["vae"], "text_encoder": sections["text_encoder"]}
+    return config, {name: part for name, part in parts.items() if part is not None}
+
+
+def _section(original, name):
+    section = original.get(name)
+    if section is not None and not isinstance(section, Mapping):
+        raise CheckpointError(f"original configuration: `{name}` must be a section with arguments, got {section!r}")
+    return None if section is None else dict(section)
+
+
+def _angle_dtype(precision):
+    # YAML reads a bare `no` as false.
+    name = "no" if precision is False or precision is None else precision
+    if name not in _ANGLE_DTYPES:
+        raise CheckpointError(
+            f"original configuration: mixed_precision {precision!r} is not supported, because rotary angles cannot be "
+            'rounded that way; write "fp16" for angles rounded to float16, or "no" for exact ones'
+        )
+    return _ANGLE_DTYPES[name]
 
 
 # -------------------------------------------------------------------------------------------------------- conversion

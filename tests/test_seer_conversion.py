@@ -43,6 +43,7 @@ ORIGINAL = {
     "num_frames": tiny.FRAMES,
     "cond_frames": 1,
     "resolution": tiny.SIZE,
+    "mixed_precision": "no",
 }
 
 
@@ -206,6 +207,9 @@ def test_bad_conversions(pipe, originals, tmp_path):
     )
     fails("use_linear_projection", [seer, sd], original_config={**ORIGINAL_UNET, "use_linear_projection": True})
     fails("no in_channels|no n_heads|no num_layers", [seer], original_config={"n_heads": 2})
+    fails("cannot be rounded that way", [seer, sd], original_config={**ORIGINAL, "mixed_precision": "bf16"})
+    fails("`unet` must be a section", [seer, sd], original_config={**ORIGINAL, "unet": "sd15"})
+    fails("act_fn='mish'", [seer, sd], original_config={**ORIGINAL_UNET, "act_fn": "mish"})
 
     (tmp_path / "empty").mkdir()
     fails("no pytorch_model.bin", [tmp_path / "empty", sd])
@@ -247,6 +251,67 @@ def test_stable_diffusion_is_inflated_without_seer_weights(originals, tmp_path, 
     assert run(pipe).shape == (1, tiny.FRAMES, 3, tiny.SIZE, tiny.SIZE)
     temporal = [p for name, p in pipe.unet.named_parameters() if name.endswith("temporal_attentions.0.proj_out.weight")]
     assert temporal and all(p.abs().sum() == 0 for p in temporal)
+
+
+# The authors' inference.yaml, without what has no influence on the models (paths, batches, the sampler's options).
+AUTHORS_YAML = """
+pretrained_model_name_or_path: "runwayml/stable-diffusion-v1-5"
+dataset: "sthv2"
+resolution: 256
+cond_frames: 2 #sthv2 = (1 or 2), bridgedata = 1, epickitchen = 1
+num_frames: 12 #sthv2 = (12 or 16), bridgedata = 16, epickitchen = (12 or 16)
+seed: 0
+mixed_precision: "fp16" #choices=["no", "fp16", "bf16"]
+"""
+
+
+def test_the_authors_yaml_describes_their_release(tmp_path):
+    from cinetok.conversion.original_config import read_original_config
+
+    (tmp_path / "inference.yaml").write_text(AUTHORS_YAML)
+    config, parts = conversion._config_from_original(read_original_config(tmp_path / "inference.yaml"))
+    assert config == next(r for r in conversion.RELEASES if r.name == "sthv2_seer").config and not parts
+    for precision, dtype in (('"fp16"', "float16"), ('"no"', "float32"), ("no", "float32"), ("", "float32")):
+        (tmp_path / "other.yaml").write_text(
+            AUTHORS_YAML.replace('mixed_precision: "fp16"', f"mixed_precision: {precision}")
+        )
+        config, _ = conversion._config_from_original(read_original_config(tmp_path / "other.yaml"))
+        assert config["unet"] == config["text_decomposer"] == {"rotary_angle_dtype": dtype}, precision
+
+
+def test_fine_tuned_checkpoints_round_their_angles_as_the_releases_do(pipe, originals, tmp_path):
+    config = sections(pipe)
+    del config["mixed_precision"]
+    folder = convert_checkpoint(
+        "seer", [originals / "seer", originals / "sd"], tmp_path / "out", original_config=config
+    )
+    loaded = SeerPipeline.from_pretrained(folder)
+    released = conversion.RELEASES[0].config["unet"]["rotary_angle_dtype"]
+    assert loaded.unet.config.rotary_angle_dtype == loaded.text_decomposer.config.rotary_angle_dtype == released
+    assert (
+        loaded.unet.mid_block.temporal_attentions[0].transformer_blocks[0].attn1.rotary_emb.angle_dtype == torch.float16
+    )
+    # Models described by themselves have no precision of a run.
+    for sections_given in ({"unet": ORIGINAL_UNET}, {"unet": ORIGINAL_UNET, "fstext": ORIGINAL["fstext"]}):
+        config, _ = conversion._config_from_original(sections_given)
+        assert SeerUNet3DConditionModel(**config["unet"]).config.rotary_angle_dtype == "float32"
+
+
+def test_a_single_section_is_a_single_model(pipe, originals, tmp_path):
+    for section, file, cls, part in (
+        ("unet", "pytorch_model.bin", SeerUNet3DConditionModel, pipe.unet),
+        ("fstext", "pytorch_model_1.bin", SeerTextDecomposer, pipe.text_decomposer),
+    ):
+        folder = convert_checkpoint(
+            "seer", originals / "seer" / file, tmp_path / section, original_config={section: ORIGINAL[section]}
+        )
+        loaded = cls.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in part.state_dict().items())
+
+
+def test_settings_without_effect_in_the_original():
+    plain = conversion.unet_config(ORIGINAL_UNET)
+    assert conversion.unet_config({**ORIGINAL_UNET, "downsample_padding": 0, "act_fn": "swish"}) == plain
 
 
 def test_unet_configuration_of_stable_diffusion():
