@@ -114,6 +114,22 @@ def test_an_error_in_a_runner_fails(folder, monkeypatch):
     assert main([str(folder.parent), "--quiet"]) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+def test_small_floats_are_cast_and_weights_can_lie_in_another_case(folder, dtype):
+    other = folder.parent / "other"
+    other.mkdir()
+    save_file({"a.w": torch.arange(4.0).to(dtype), "b.w": torch.arange(3)}, other / "weights.safetensors")
+    for place in ("config.json", "case.json"):
+        path = folder / place
+        config = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**config, "weights_from": "../other/weights.safetensors (all but some keys)"}))
+        weights = golden_kinds.GoldenCase(folder).weights()
+        assert torch.equal(weights["a.w"], torch.arange(4.0)) and weights["b.w"].dtype == torch.int64
+        path.write_text(json.dumps({**config, "weights_from": {"file": "other/weights.safetensors", "prefix": "a."}}))
+        assert list(golden_kinds.GoldenCase(folder).weights()) == ["w"]
+        path.write_text(json.dumps(config))
+
+
 def test_an_unknown_kind_fails(folder):
     respecify(folder, kind="another kind")
     assert failures(folder) == {f"{SYSTEM}/another kind"}

@@ -136,12 +136,23 @@ class GoldenCase:
                     return path
         raise FileNotFoundError(f"{self.path}: the case refers to {name}, which is neither in it nor beside it")
 
-    def weights(self, name="weights.safetensors"):
-        """The recorded weights under their original names; stored 8- and 16-bit floats are cast to float32 (exact)."""
-        stored = load_tensors(self.file(name))
+    def weights(self, name=None):
+        """The recorded weights under their original names; stored 8- and 16-bit floats are cast to float32 (exact).
+
+        Without a name: the case's own, or those its `weights_from` names: a file name (what follows is a remark), or
+        `{"file": name, "prefix": "unet."}` for the tensors below a prefix.
+        """
+        prefix = ""
+        source = self.spec.get("weights_from") or self.config.get("weights_from")
+        if name is None and isinstance(source, dict):
+            name, prefix = source["file"], source.get("prefix", "")
+        elif name is None and source:
+            name = source.split()[0]
+        stored = load_tensors(self.file((name or "weights.safetensors").removeprefix("../")))
         return {
-            k: v.float() if v.dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn) else v
+            k.removeprefix(prefix): v.float() if v.is_floating_point() and v.element_size() < 4 else v
             for k, v in stored.items()
+            if k.startswith(prefix)
         }
 
     def has(self, name):
