@@ -234,6 +234,16 @@ def test_tokenizer_bad_input():
         model(torch.zeros(5, 3, 64, 64))
     with pytest.raises((ValueError, TypeError), match="heads"):
         cases.tokenizer(num_attention_heads=5)
+    clip = torch.zeros(1, 5, 3, 64, 64)
+    with pytest.raises(TypeError, match="uint8"):
+        model(clip.to(torch.uint8))
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN"):
+            model(torch.full_like(clip, wrong))
+    with pytest.raises(ValueError, match="no pixel"):
+        model(clip[:0])
+    with pytest.raises(ValueError, match="1 x 200"):
+        model(torch.zeros(1, 5, 3, 1, 200))
 
 
 # ---- frames ------------------------------------------------------------------------------------------------------
@@ -431,6 +441,25 @@ def test_decode_features_bad_input():
         decode_features(*parts, good, num_inference_steps=0)
     with pytest.raises(ValueError, match="expected"):
         parts[2](good[..., :5])
+    with pytest.raises(TypeError, match="ndarray"):
+        decode_features(*parts, good.numpy())
+    with pytest.raises(ValueError, match="expected"):
+        decode_features(*parts, good[:0])
+    for match, options in (
+        ("unconditional_features hold NaN", {"unconditional_features": good * float("nan")}),
+        ("unconditional_features have shape", {"unconditional_features": good[:, 1:]}),
+        ("eta", {"eta": float("nan")}),
+        ("eta", {"eta": -1.0}),
+        ("eta", {"eta": 2.0}),
+        ("guidance_scale", {"guidance_scale": float("nan")}),
+        ("guidance_rescale", {"guidance_rescale": float("nan")}),
+        ("guidance_rescale", {"guidance_rescale": -0.1}),
+        ("num_frames=0", {"num_frames": 0}),
+        ("not an integer", {"num_inference_steps": 2.5}),
+        ("at most 1000", {"num_inference_steps": 1001}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            decode_features(*parts, good, **options)
 
 
 # ---- pipeline ----------------------------------------------------------------------------------------------------
@@ -497,6 +526,9 @@ def test_pipeline_bad_input():
         ("either a video or features", {"video": video, "features": features}),
         ("do not add up", {"features": features, "clips_per_video": [3]}),
         ("frames_per_video", {"features": features, "frames_per_video": [16]}),
+        ("0 frames", {"features": features, "clips_per_video": [2], "frames_per_video": [0]}),
+        ("give 17 to 32", {"features": features, "clips_per_video": [2], "frames_per_video": [1000]}),
+        ("guidance_scale", {"features": features, "guidance_scale": float("nan")}),
         ("expected", {"features": features[:, 1:]}),
         ("NaN", {"features": features / 0}),
         ("generators for 2 videos", {"features": features, "generator": [torch.Generator()]}),

@@ -161,6 +161,8 @@ def test_every_input_matters_to_the_loss():
 def test_all_parameters_get_gradients(dropped):
     model = cases.llm().train()
     inputs = {k: v for k, v in cases.llm_inputs(2).items() if k not in dropped}
+    if "video_features" in dropped:  # no clip to read either
+        inputs["input_ids"][inputs["input_ids"] == model.config.frame_end_token_id] = 7
     output = model(**inputs)
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -396,6 +398,35 @@ def test_bad_features():
             model(**(inputs | changed))
     with pytest.raises(ValueError, match="exactly one"):
         model(labels=inputs["labels"])
+
+
+def test_a_clip_without_its_features():
+    model, processor = cases.llm(), cases.processor()
+    inputs = dict(processor(["[INST] a [/INST]\n", "[INST] <video>a [/INST]\n"], num_clips=[1]))
+    for call in (model, model.model, lambda **k: model.generate(**k, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=r"hold \[0, 1\] clips to read"):
+            call(**inputs)
+    tag = processor.token_ids()["video_start_token_id"]
+    ids, mask = (
+        torch.cat([inputs[k], torch.full((2, 1), v)], 1) for k, v in (("input_ids", tag), ("attention_mask", 1))
+    )
+    asked = processor.with_queries(ids, mask)
+    with pytest.raises(ValueError, match=r"hold \[0, 1\] clips to read"):
+        model.generate_video_features(**asked)
+    with pytest.raises(ValueError, match="empty"):
+        model(input_ids=torch.zeros(1, 0, dtype=torch.long))
+    # Clips that are written are no clips to read, whether they are marked or not; nor is one that the text itself wrote.
+    written = processor(["[INST] <video>a [/INST]\n"], num_clips=[1])
+    assert model(**written, target_features=torch.zeros(1, SIZE, DIM)).loss > 0
+    queries = torch.isin(written["input_ids"], torch.tensor(model.config.query_token_ids))
+    written["attention_mask"] = written["attention_mask"].masked_fill(queries, -1)
+    assert torch.isfinite(model(**written).logits).all()
+    forced = DivotFrameTokenLogitsProcessor.from_config(model.config)
+    start = torch.tensor([[1, 7, model.config.frame_start_token_id]])
+    for use_cache in (True, False):
+        options = {"max_new_tokens": SIZE + 3, "do_sample": False, "use_cache": use_cache}
+        made = model.generate(start, attention_mask=torch.ones_like(start), logits_processor=[forced], **options)
+        assert made[0, 3 : 3 + SIZE].tolist() == list(model.config.query_token_ids)
 
 
 def test_bad_generation():

@@ -38,8 +38,18 @@ def test_chat_template():
     batch = processor.apply_chat_template([turns, turns[-1:]], tokenize=True)
     assert batch["pixel_values_videos"].shape == (2, 5, 3, 32, 32) and batch["num_clips"].tolist() == [2]
     assert batch["attention_mask"][1, 0] == 0
-    with pytest.raises(Exception, match="turns alternate"):
-        processor.apply_chat_template(turns[1:])
+    for wrong, message in (
+        (turns[1:], "turns alternate"),
+        ([{"role": "system", "content": "x"}], "turns alternate"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "not audio"),
+        ([{"role": "user", "content": [{"type": "text"}]}], 'lacks its "text"'),
+        ([{"role": "user"}], "content"),
+        ([{"content": "x"}], "role"),
+        ([], "empty"),
+        ([[]], "empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(wrong)
     with pytest.raises(ValueError, match='lacks its "video"'):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=True)
 
@@ -135,7 +145,7 @@ def test_comprehension_depends_on_everything():
     assert pipe(messages=messages, **options).texts == base.texts
     features, num_clips = pipe.encode_video(clip)
     assert pipe("What is it?", features=features, num_clips=num_clips, **options).texts == base.texts
-    assert "".join(pipe.stream("What is it?", clip, **options)).strip() == base.texts[0]
+    assert "".join(pipe.stream("What is it?", clip, **options)) == base.texts[0]
     again = [*messages, {"role": "assistant", "content": base.texts[0]}, {"role": "user", "content": "And?"}]
     assert pipe(messages=again, features=features, num_clips=num_clips, **options).texts[0]
     still = pipe("What is it?", image=clip[0].numpy(), **options)
@@ -161,6 +171,12 @@ def test_bad_input_to_comprehension():
         ({"question": ["a", "b"], "video": [clip] * 3}, "3 videos for 2 questions"),
         ({"messages": [], "question": None}, "empty"),
         ({"messages": [{"role": "user", "content": "a"}], "question": "b"}, "themselves"),
+        ({"messages": [[]]}, "empty"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "user's turn"),
+        ({"question": "Is <vid> it?", "video": clip}, "plain text, without <vid>"),
+        ({"question": "Is <frame_00001> it?", "video": clip}, "plain text, without <frame_00001>"),
+        ({"question": "Is <video> it?", "video": clip}, "plain text, without <video>"),
+        ({"question": "What?", "video": clip, "video_fps": 0}, "video_fps"),
         ({"question": "What?", "video": clip[:0]}, "(?i)shape|frames"),
         ({"question": "What?", "video": clip.double() / 0}, "NaN|infinite"),
         ({"question": "What?", "video": clip, "temperature": 0}, "temperature"),
@@ -246,13 +262,51 @@ def test_stories_feed_clips_back():
         pipe("Generate a story.", min_clips=3, max_clips=2)
 
 
+def _likes_clips(pipe, score=6.0):
+    """Raises the score of `<frame>`, so that texts hold clips."""
+    pipe.llm.lm_head.register_forward_hook(
+        lambda m, i, out: out.index_add(
+            -1, torch.tensor([pipe.llm.config.frame_start_token_id]), torch.full((*out.shape[:-1], 1), score)
+        )
+    )
+    return pipe
+
+
+def test_clips_inside_generated_text_are_left_out():
+    pipe = _likes_clips(cases.story())
+    options = cases._story_inputs(1) | {"max_new_tokens": 2 * SIZE + 6}
+    story = pipe(**options).stories[0]
+    assert len(story) == 2 and not any("<" in clip.caption for clip in story)
+    opened, written = pipe.open_clips([[1, 7]], max_new_tokens=2 * SIZE + 6, do_sample=False)
+    frames = set(pipe.processor.frame_token_ids())
+    assert frames & set(written[0]) and not frames & set(opened[0])
+
+    pipe = _likes_clips(cases.comprehension(), 9.0)
+    options = {"question": "What?", "video": parts.video(0), "max_new_tokens": 2 * SIZE + 14}
+    answer = pipe(**options, generator=torch.Generator().manual_seed(0))
+    pieces = list(pipe.stream(**options, generator=torch.Generator().manual_seed(0)))
+    assert frames & set(answer.token_ids[0])
+    assert answer.texts[0] and "".join(pieces) == answer.texts[0]
+
+
 def test_bad_input_to_generation():
     pipe = cases.text_to_video()
+    pipe.llm.generate = None  # everything is found out before the language model runs
+    for prompt in (5, None, [5]):
+        with pytest.raises(TypeError, match="prompt must be"):
+            pipe(prompt)
     for arguments, message in (
         ({"prompt": ""}, "not empty"),
         ({"prompt": []}, "not empty"),
         ({"prompt": "a <video> of rain"}, "plain text"),
         ({"prompt": "<vid> rain"}, "plain text"),
+        ({"prompt": "<frame_00003> rain"}, "plain text"),
+        ({"prompt": "rain</s>"}, "plain text"),
+        ({"prompt": "rain", "num_frames": 0}, "num_frames"),
+        ({"prompt": "rain", "eta": 2.0}, "eta"),
+        ({"prompt": "rain", "num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"prompt": "rain", "guidance_scale": float("nan")}, "guidance_scale"),
+        ({"prompt": "rain", "unconditional_features": torch.zeros(1, 2, DIM)}, "unconditional_features"),
         ({"prompt": "rain", "kind": "gif"}, "kind"),
         ({"prompt": "rain", "generator": cases.generators(2)}, "2 generators for 1"),
         ({"prompt": "rain", "feature_sampling": "best"}, "feature_sampling"),

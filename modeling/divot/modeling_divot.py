@@ -201,6 +201,32 @@ class DivotModel(DivotPreTrainedModel):
             queries = clips
         return (clips & ~queries if reads_video else torch.zeros_like(clips)), queries
 
+    def check_clips_have_features(self, input_ids, attention_mask=None, query_token_mask=None):
+        """Raises ValueError when the text holds a whole clip that nothing fills: without features, its frame tokens
+        would be read as they are.
+
+        Args:
+            input_ids, attention_mask: as in `forward`.
+            query_token_mask: (batch, length), positions that are generation queries although they are not marked -1.
+        """
+        length, size = input_ids.shape[1], self.config.num_query_tokens + 2
+        if length < size or input_ids.is_meta or torch.compiler.is_compiling():
+            return
+        clip = [self.config.frame_start_token_id, *self.config.query_token_ids, self.config.frame_end_token_id]
+        found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(clip)).all(-1)
+        if not bool(found.any()):
+            return
+        queries = torch.zeros_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            queries |= attention_mask[:, -length:].to(queries.device) == QUERY
+        if query_token_mask is not None:
+            queries |= query_token_mask.to(queries.device, torch.bool)
+        counts = (found & ~queries.unfold(1, size, 1).any(-1)).sum(-1).tolist()
+        if any(counts):
+            raise ValueError(
+                f"the rows of the text hold {counts} clips to read, but no video_features were given for them"
+            )
+
     def get_video_features(self, video_features, video_features_mask=None):
         """Features (num_clips, num_query_tokens, feature_dim), or (batch, clips per sample, ...) with a mask (batch,
         clips per sample) of the real ones -> (all real features in reading order, hidden_size).
@@ -229,7 +255,11 @@ class DivotModel(DivotPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
+            if video_features is None and video_token_mask is None:
+                self.check_clips_have_features(input_ids, attention_mask)
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("the text is empty; it needs at least one token")
         if video_features is not None:
             if video_token_mask is None:
                 if input_ids is None:
@@ -407,7 +437,8 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
             `DivotCausalLMOutput`.
 
         Raises:
-            ValueError: features whose number or shape does not fit the text, NaN, malformed query blocks.
+            ValueError: features whose number or shape does not fit the text, clips in the text without features, NaN,
+                malformed query blocks.
         """
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         if target_features is not None and query_token_mask is None:
@@ -416,7 +447,10 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
             found, query_token_mask = self.model.find_clips(
                 input_ids, attention_mask, video_features is not None, writes_video=True
             )
-            video_token_mask = found if video_token_mask is None else video_token_mask
+            video_token_mask = found if video_token_mask is None and video_features is not None else video_token_mask
+        if video_features is None and video_token_mask is None and input_ids is not None:
+            self.model.check_clips_have_features(input_ids, attention_mask, query_token_mask)
+            video_token_mask = torch.zeros_like(input_ids, dtype=torch.bool)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -491,6 +525,9 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
 
         Besides its arguments: `video_features` (and `video_features_mask`) as in `forward`. Rows may hold different
         numbers of clips and are padded on the left.
+
+        Raises:
+            ValueError: features that do not fit the text, or clips in it without features.
         """
         if kwargs.get("video_features") is not None:
             input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -503,6 +540,10 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
             )
             packed, real = self._clips_per_row(features, mask)
             kwargs |= {"video_features": packed, "video_features_mask": real, "video_token_mask": mask}
+        else:
+            input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+            if input_ids is not None and input_ids.ndim == 2:
+                self.model.check_clips_have_features(input_ids, kwargs.get("attention_mask"))
         return super().generate(inputs, generation_config, **kwargs)
 
     def _clips_per_row(self, features, mask):
@@ -531,6 +572,9 @@ class DivotForCausalLM(DivotPreTrainedModel, GenerationMixin):
             written = input_ids.shape[1] - video["video_token_mask"].shape[1]
             video["video_token_mask"] = F.pad(video["video_token_mask"], (0, written))
             inputs |= video
+        elif inputs.get("input_ids") is not None:
+            # `generate` has looked at the prompt; a clip's tokens written since then stay what they are.
+            inputs["video_token_mask"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         return inputs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

@@ -54,6 +54,8 @@ def resize_for_clip(pixels, size):
     if (height, width) == (size, size):
         return pixels
     if max(height, width) > size:
+        if min(height, width) < 2:
+            raise ValueError(f"frames of {height} x {width} pixels cannot be resized; they must be at least 2 x 2")
         vertical = _blur_kernel(height / size, pixels.device, pixels.dtype)
         horizontal = _blur_kernel(width / size, pixels.device, pixels.dtype)
         channels, pad_v, pad_h = pixels.shape[1], len(vertical) // 2, len(horizontal) // 2
@@ -255,7 +257,8 @@ class DivotTokenizerModel(DivotTokenizerPreTrainedModel):
             `DivotTokenizerOutput` with `features` (batch, num_features, feature_dim).
 
         Raises:
-            ValueError: another number of frames or channels.
+            TypeError: pixels that are not floating point.
+            ValueError: another number of frames or channels, no clips at all, NaN or infinite values.
         """
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         frames = self.config.num_frames
@@ -265,6 +268,18 @@ class DivotTokenizerModel(DivotTokenizerPreTrainedModel):
                 f"height, width). Clips have exactly {frames} frames: `DivotVideoProcessor` chooses them and repeats a "
                 "still image"
             )
+        if 0 in pixel_values_videos.shape:
+            raise ValueError(
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}: there is no pixel in it"
+            )
+        if not pixel_values_videos.is_floating_point():
+            raise TypeError(
+                f"pixel_values_videos is {pixel_values_videos.dtype}; expected floats in [-1, 1], as "
+                "`DivotVideoProcessor` makes them of bytes"
+            )
+        known = not pixel_values_videos.is_meta and not torch.compiler.is_compiling()
+        if known and not bool(torch.isfinite(pixel_values_videos).all()):
+            raise ValueError("pixel_values_videos holds NaN or infinite values")
         batch = pixel_values_videos.shape[0]
         pixels = self.preprocess_pixels(pixel_values_videos.flatten(0, 1))
         tokens = self.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]

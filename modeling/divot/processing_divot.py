@@ -1,6 +1,7 @@
 """Text, videos and images for Divot-LLM: the extended tokenizer, prompts and chat format."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -165,6 +166,23 @@ class DivotProcessor(ProcessorMixin):
         convert = self.tokenizer.convert_tokens_to_ids
         ids = {f"{name}_token_id": convert(tag) for name, tag in TAGS.items()}
         return ids | {"query_token_ids": convert(frame_tokens(self.num_query_tokens))}
+
+    def frame_token_ids(self):
+        """Ids of `<frame>`, `</frame>` and all frame tokens: what stands for a clip in text."""
+        vocabulary = self.tokenizer.get_vocab()
+        frames = [token for token in frame_tokens(NUM_FRAME_TOKENS) if token in vocabulary]
+        return self.tokenizer.convert_tokens_to_ids([TAGS["frame_start"], *frames, TAGS["frame_end"]])
+
+    def unwritten_token_ids(self):
+        """Ids that texts are shown without: tags, frame tokens, beginning and end."""
+        tags = self.tokenizer.convert_tokens_to_ids(list(TAGS.values()))
+        return {*tags, *self.frame_token_ids(), *self.tokenizer.all_special_ids}
+
+    def find_reserved(self, text):
+        """What a text holds of placeholders, tags, frame tokens and other tokens that are not text."""
+        reserved = (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER, *TAGS.values(), *self.tokenizer.all_special_tokens)
+        found = [mark for mark in dict.fromkeys(reserved) if mark in text]
+        return found + re.findall(r"<frame_\d{5}>", text)
 
     def check_model(self, config):
         """Raises ValueError when the vocabulary of a model (its `DivotConfig`) is not that of this tokenizer."""
@@ -364,9 +382,13 @@ class DivotProcessor(ProcessorMixin):
 
         Returns:
             str or list of str; with `tokenize` a BatchFeature.
+
+        Raises:
+            ValueError: no messages, messages of another form, or turns the template does not know.
         """
-        batched = isinstance(conversation[0], (list, tuple))
+        batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
         conversations = conversation if batched else [conversation]
+        self.check_conversations(conversations)
         names = ("num_clips", "video_fps", "clip_selection", "max_clips", "padding", "return_tensors")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         kwargs.pop("return_dict", None)
@@ -385,30 +407,48 @@ class DivotProcessor(ProcessorMixin):
                     media[block["type"]].append(block[block["type"]])
         return self(rendered, videos=media["video"] or None, images=media["image"] or None, **options)
 
+    @staticmethod
+    def check_conversations(conversations):
+        """Raises ValueError for conversations that are not lists of messages as `apply_chat_template` takes them."""
+        for messages in conversations:
+            if not messages:
+                raise ValueError("a conversation is empty")
+            for message in messages:
+                if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                    raise ValueError('a message is a dictionary with "role" ("user" or "assistant") and "content"')
+                content = message.get("content")
+                if not isinstance(content, (str, list, tuple)):
+                    raise ValueError(f'the "content" of a message ({message["role"]}) is text or a list of blocks')
+                for block in content if not isinstance(content, str) else ():
+                    if not isinstance(block, dict) or block.get("type") not in ("text", "image", "video"):
+                        kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+                        raise ValueError(f"content is text, image or video, not {kind}")
+                    if block["type"] == "text" and not isinstance(block.get("text"), str):
+                        raise ValueError('a block of type "text" lacks its "text"')
+
     def _render(self, messages, chat_template, continue_final_message, kwargs):
+        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, _ = render_jinja_template(
-            [messages],
-            chat_template=chat_template or self.chat_template,
-            add_generation_prompt=False,
-            **(kwargs | {"continue_final_message": False, "is_continuation": continue_final_message}),
-        )
+        try:
+            rendered, _ = render_jinja_template(
+                [messages],
+                chat_template=chat_template or self.chat_template,
+                add_generation_prompt=False,
+                **(kwargs | {"continue_final_message": False, "is_continuation": continue_final_message}),
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return rendered[0]
 
     # ---- outputs -----------------------------------------------------------------------------------------------------
 
     def post_process_text(self, generated_ids):
         """Generated ids (batch, length) -> texts without tags, frame tokens and surrounding space."""
-        unwanted = set(self.tokenizer.convert_tokens_to_ids([*TAGS.values(), *self._frame_tokens()]))
-        unwanted |= set(self.tokenizer.all_special_ids)
+        unwanted = self.unwritten_token_ids()
         rows = generated_ids.tolist() if isinstance(generated_ids, torch.Tensor) else generated_ids
         kept = [[i for i in row if i not in unwanted] for row in rows]
         return [self.tokenizer.decode(row).strip() for row in kept]
-
-    def _frame_tokens(self):
-        vocabulary = self.tokenizer.get_vocab()
-        return [token for token in frame_tokens(NUM_FRAME_TOKENS) if token in vocabulary]
 
     @property
     def model_input_names(self):

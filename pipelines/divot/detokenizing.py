@@ -1,6 +1,8 @@
 """Divot features -> video frames: what every Divot pipeline that makes video shares."""
 
 import contextlib
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,8 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from ...modeling.divot.scheduling_divot import check_eta
 
 FRAMES_PER_CLIP = 16
 FRAMES_PER_SECOND = 8.0
@@ -40,26 +44,56 @@ def placement(module):
     return torch.device(device) if device is not None else module.device, module.dtype
 
 
+def _check_features(resampler, features, name):
+    expected = (resampler.config.num_features, resampler.config.feature_dim)
+    if not isinstance(features, torch.Tensor) or not features.is_floating_point():
+        kind = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
+        raise TypeError(f"{name} are {kind}; expected a tensor of floats")
+    if features.ndim != 3 or tuple(features.shape[1:]) != expected or len(features) < 1:
+        raise ValueError(
+            f"{name} have shape {tuple(features.shape)}; expected (batch, {expected[0]}, {expected[1]}), as "
+            "`DivotTokenizerModel.encode(...).features` gives them"
+        )
+    if not torch.isfinite(features).all():
+        raise ValueError(f"{name} hold NaN or infinite values")
+
+
+def _check_count(value, name, most=None):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not an integer")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={value} must be at most {most}")
+
+
 def check_decoding_inputs(
     resampler,
+    scheduler,
     features,
     *,
     num_inference_steps,
     output_type,
+    unconditional_features=None,
+    num_frames=FRAMES_PER_CLIP,
+    guidance_scale=7.5,
+    guidance_rescale=0.7,
+    eta=1.0,
     generator=None,
     callback_on_step_end_tensor_inputs=("latents",),
 ):
-    """Raises ValueError for arguments `decode_features` cannot work with."""
-    expected = (resampler.config.num_features, resampler.config.feature_dim)
-    if features.ndim != 3 or tuple(features.shape[1:]) != expected:
-        raise ValueError(
-            f"features have shape {tuple(features.shape)}; expected (batch, {expected[0]}, {expected[1]}), as "
-            "`DivotTokenizerModel.encode(...).features` gives them"
-        )
-    if not torch.isfinite(features).all():
-        raise ValueError("features hold NaN or infinite values")
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+    """Raises ValueError or TypeError for arguments `decode_features` cannot work with."""
+    _check_features(resampler, features, "features")
+    if unconditional_features is not None:
+        _check_features(resampler, unconditional_features, "unconditional_features")
+    _check_count(num_inference_steps, "num_inference_steps", scheduler.config.num_train_timesteps)
+    _check_count(num_frames, "num_frames")
+    for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
+    if guidance_rescale < 0:
+        raise ValueError(f"guidance_rescale={guidance_rescale} must not be negative")
+    check_eta(eta)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
     if isinstance(generator, (list, tuple)) and len(generator) != features.shape[0]:
@@ -237,13 +271,20 @@ def decode_features(
         Frames as described in `DivotVideoOutput`.
 
     Raises:
+        TypeError: features that are not a tensor of floats.
         ValueError: features of the wrong shape or not finite, or other arguments that do not fit.
     """
     check_decoding_inputs(
         resampler,
+        scheduler,
         features,
         num_inference_steps=num_inference_steps,
         output_type=output_type,
+        unconditional_features=unconditional_features,
+        num_frames=num_frames,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        eta=eta,
         generator=generator,
         callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
     )

@@ -1,7 +1,7 @@
 """Text with Divot-LLM: what every Divot pipeline that reads or writes text shares."""
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ...modeling.divot.generation_divot import DivotFrameTokenLogitsProcessor, GeneratorSamplingLogitsProcessor
@@ -16,6 +16,40 @@ def check_sampling(max_new_tokens, temperature, top_p):
         raise ValueError(f"temperature={temperature} must be positive; for the likeliest text pass do_sample=False")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+
+
+def as_texts(texts, name):
+    """One text or several -> list. TypeError for anything else."""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a text or a list of texts")
+    return list(texts)
+
+
+class AnswerStreamer(TextIteratorStreamer):
+    """An answer piece by piece, as it is written; together the pieces are what `post_process_text` makes of it."""
+
+    def __init__(self, processor):
+        super().__init__(processor.tokenizer, skip_prompt=True)
+        self.unwanted = processor.unwritten_token_ids()
+        self.ids, self.text = [], ""
+
+    def put(self, value):
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.ids += [token for token in value.flatten().tolist() if token not in self.unwanted]
+        text = self.tokenizer.decode(self.ids).strip()
+        # An incomplete character is shown as U+FFFD until its last byte is there.
+        if not text.endswith("\ufffd"):
+            self._emit(text)
+
+    def end(self):
+        self._emit(self.tokenizer.decode(self.ids).strip(), stream_end=True)
+
+    def _emit(self, text, stream_end=False):
+        self.on_finalized_text(text[len(self.text) :], stream_end)
+        self.text = text
 
 
 @torch.no_grad()

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from transformers import TextIteratorStreamer
 
 from ...modeling.divot.modeling_divot import DivotForCausalLM
 from ...modeling.divot.modeling_divot_tokenizer import DivotTokenizerModel
 from ...modeling.divot.processing_divot import DivotProcessor
-from .language import check_sampling, encode_clips, generate_text
+from .language import AnswerStreamer, as_texts, check_sampling, encode_clips, generate_text
 
 
 @dataclass
@@ -77,8 +76,12 @@ class DivotComprehensionPipeline(DiffusionPipeline):
         if messages is not None:
             if any(value is not None for value in (question, video, image)):
                 raise ValueError("messages hold their questions, videos and images themselves")
-            if not messages:
+            conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+            if not all(conversations):
                 raise ValueError("messages are empty")
+            self.processor.check_conversations(conversations)
+            if any(conversation[-1]["role"] != "user" for conversation in conversations):
+                raise ValueError("messages must end with the user's turn, which is then answered")
             return
         if instruct and not question:
             raise ValueError(
@@ -86,6 +89,9 @@ class DivotComprehensionPipeline(DiffusionPipeline):
             )
         if not instruct and question is not None:
             raise ValueError("instruct=False continues the video alone and takes no question")
+        for text in as_texts(question, "question") if instruct else ():
+            if found := self.processor.find_reserved(text):
+                raise ValueError(f"a question is plain text, without {found[0]}; the video is put in front of it")
         if (video is not None) + (image is not None) + (features is not None) != 1:
             raise ValueError("a question needs a video, an image, or features with num_clips")
 
@@ -189,8 +195,7 @@ class DivotComprehensionPipeline(DiffusionPipeline):
         if not instruct:
             prompts = [f"<{kind}>"] * len(num_clips)
         else:
-            questions = [question] if isinstance(question, str) else list(question)
-            prompts = [self.processor.comprehension_prompt(text, kind) for text in questions]
+            prompts = [self.processor.comprehension_prompt(text, kind) for text in as_texts(question, "question")]
         if len(num_clips) == 1 and len(prompts) > 1:
             features, num_clips = features.repeat(len(prompts), 1, 1), num_clips * len(prompts)
         if len(prompts) != len(num_clips):
@@ -199,7 +204,7 @@ class DivotComprehensionPipeline(DiffusionPipeline):
 
     def stream(self, *args, **kwargs):
         """Yields the answer to one question piece by piece (arguments as for the call)."""
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = AnswerStreamer(self.processor)
         errors = []
 
         def answer():

@@ -76,7 +76,11 @@ class DivotReconstructionPipeline(DiffusionPipeline):
         clips = inputs["num_clips"].tolist()
         per_clip = self.video_processor.frames_per_clip
         if clip_selection == "all":
-            frames = [facts["num_output_frames"] for facts in inputs["video_metadata"]]
+            # The last clip, however short, makes at least one frame.
+            frames = [
+                min(max(facts["num_output_frames"], (count - 1) * per_clip + 1), count * per_clip)
+                for facts, count in zip(inputs["video_metadata"], clips)
+            ]
         else:
             frames = [count * per_clip for count in clips]
         return torch.cat(features), clips, frames
@@ -147,9 +151,14 @@ class DivotReconstructionPipeline(DiffusionPipeline):
             )
         check_decoding_inputs(
             self.resampler,
+            self.scheduler,
             features,
             num_inference_steps=num_inference_steps,
             output_type=output_type,
+            unconditional_features=unconditional_features,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         clips_per_video = list(clips_per_video) if clips_per_video is not None else [1] * len(features)
@@ -161,6 +170,12 @@ class DivotReconstructionPipeline(DiffusionPipeline):
             frames_per_video = [count * per_clip for count in clips_per_video]
         if len(frames_per_video) != len(clips_per_video):
             raise ValueError(f"{len(frames_per_video)} frames_per_video for {len(clips_per_video)} videos")
+        for total, count in zip(frames_per_video, clips_per_video):
+            if not (count - 1) * per_clip < total <= count * per_clip:
+                raise ValueError(
+                    f"frames_per_video: {total} frames for a video of {count} clips; the last clip may be shortened, "
+                    f"so give {(count - 1) * per_clip + 1} to {count * per_clip}"
+                )
         generators = self._clip_generators(generator, clips_per_video)
         if guidance_scale != 1.0 and unconditional_features is None:
             unconditional_features = self.video_tokenizer.unconditional_features(self.video_processor.size)
@@ -222,7 +237,7 @@ class DivotReconstructionPipeline(DiffusionPipeline):
             parts = clips[position : position + count]
             position += count
             length = len(parts[-1])
-            rest = min(max(1, total - sum(len(part) for part in parts[:-1])), length)
+            rest = total - sum(len(part) for part in parts[:-1])
             parts[-1] = parts[-1][[k * length // rest for k in range(rest)]]
             videos.append(torch.cat(parts))
         if output_type == "latent":

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from .detokenizing import FRAMES_PER_SECOND
-from .language import check_sampling, unpadded_rows
+from .language import as_texts, check_sampling, unpadded_rows
 from .pipeline_divot_text_to_video import DivotTextToVideoPipeline
 
 
@@ -98,10 +98,19 @@ class DivotStoryPipeline(DivotTextToVideoPipeline):
         Raises:
             ValueError: arguments that do not fit.
         """
-        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        instructions = as_texts(instruction, "instruction")
         self.check_inputs(instructions, "video", generator, feature_sampling, var_scale, clip_batch_size)
         check_sampling(max_new_tokens, temperature, top_p)
-        self._check_decoding(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        self._check_decoding(
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+            unconditional_features=unconditional_features,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         if not 1 <= min_clips <= max_clips:
             raise ValueError(f"min_clips={min_clips} and max_clips={max_clips} must be 1 <= min_clips <= max_clips")
         if guidance_scale != 1.0 and unconditional_features is None:

@@ -16,7 +16,7 @@ from ...modeling.divot.resampler_divot import DivotFeatureResampler
 from ...modeling.divot.scheduling_divot import DivotDDIMScheduler
 from ...modeling.divot.unet_divot import DivotUNet3DConditionModel
 from .detokenizing import DivotVideoOutput, check_decoding_inputs, decode_features, placement
-from .language import check_sampling, generate_text, pad_rows, unpadded_rows
+from .language import as_texts, check_sampling, generate_text, pad_rows, unpadded_rows
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +104,8 @@ class DivotTextToVideoPipeline(DiffusionPipeline):
     def open_clips(self, rows, features=None, kind="video", force=None, **sampling):
         """Lets the language model continue texts until each opens a clip.
 
+        Frame tokens that are written outside a clip (they would stand for features that do not exist) are dropped.
+
         Args:
             rows: ids of the texts so far, one list each.
             features: features of all clips in them, in reading order.
@@ -119,10 +121,10 @@ class DivotTextToVideoPipeline(DiffusionPipeline):
         tag, end = self.processor.tokenizer.convert_tokens_to_ids([opening, self.processor.tokenizer.eos_token])
         ids, mask = pad_rows(rows, self.processor.tokenizer.pad_token_id)
         written = generate_text(self.llm, self.processor, ids, mask, features, stop_tokens=[opening], **sampling)
-        opened = []
+        dropped, opened = {tag, end, *self.processor.frame_token_ids()}, []
         for i, (row, new) in enumerate(zip(rows, written)):
             ended = new[-1] == end
-            text = [token for token in new if token not in (tag, end)]
+            text = [token for token in new if token not in dropped]
             if new[-1] != tag:
                 if ended and force is not None and not force[i]:
                     opened.append(None)
@@ -194,10 +196,13 @@ class DivotTextToVideoPipeline(DiffusionPipeline):
 
     def check_inputs(self, texts, kind, generator, feature_sampling, var_scale, clip_batch_size):
         """Raises ValueError for inputs that do not fit."""
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not texts or not all(text.strip() for text in texts):
             raise ValueError("give a prompt, or a list of prompts, that are not empty")
-        if any(marker in text for text in texts for marker in ("<video>", "<image>", *TAGS.values())):
-            raise ValueError("prompts for generation are plain text, without <video>, <image> or other tags")
+        for text in texts:
+            if found := self.processor.find_reserved(text):
+                raise ValueError(
+                    f"prompts for generation are plain text, without <video>, <image> or other tags; found {found[0]}"
+                )
         if kind not in ("video", "image"):
             raise ValueError(f'kind={kind!r}; choose "video" or "image"')
         if isinstance(generator, (list, tuple)) and len(generator) != len(texts):
@@ -209,16 +214,10 @@ class DivotTextToVideoPipeline(DiffusionPipeline):
         if clip_batch_size < 1:
             raise ValueError(f"clip_batch_size={clip_batch_size} must be at least 1")
 
-    def _check_decoding(self, num_inference_steps, output_type, callback_on_step_end_tensor_inputs):
+    def _check_decoding(self, **options):
         """The de-tokenizer's arguments, before the language model has worked for them."""
         features = torch.zeros(1, self.resampler.config.num_features, self.resampler.config.feature_dim)
-        check_decoding_inputs(
-            self.resampler,
-            features,
-            num_inference_steps=num_inference_steps,
-            output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        check_decoding_inputs(self.resampler, self.scheduler, features, **options)
 
     @torch.no_grad()
     def __call__(
@@ -273,13 +272,22 @@ class DivotTextToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: arguments that do not fit.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = as_texts(prompt, "prompt")
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt} must be at least 1")
         prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
         self.check_inputs(prompts, kind, generator, feature_sampling, var_scale, clip_batch_size)
         check_sampling(max_new_tokens, temperature, top_p)
-        self._check_decoding(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        self._check_decoding(
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+            unconditional_features=unconditional_features,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
         inputs = self.processor([self.processor.generation_prompt(text, kind) for text in prompts])
         rows, written = self.open_clips(
