@@ -45,6 +45,10 @@ def test_image_of_the_right_size_is_untouched():
         (torch.zeros(1, 8, 8), ValueError),
         (torch.full((3, 8, 8), -0.5), ValueError),
         (torch.full((3, 8, 8), 128.0), ValueError),
+        (torch.full((3, 8, 8), float("nan")), ValueError),
+        (np.where(np.arange(192).reshape(8, 8, 3) == 5, np.nan, 0.5), ValueError),
+        (torch.full((3, 8, 8), float("inf")), ValueError),
+        (torch.zeros(3, 0, 8), ValueError),
         (torch.zeros(3, 8, 8, dtype=torch.int64), TypeError),
         ("book.jpg", TypeError),
     ],
@@ -223,6 +227,16 @@ def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
     assert "takes 12 tokens" in caplog.text and "kl" in caplog.text
 
 
+def test_long_prompts_are_warned_of_once(pipe, caplog, monkeypatch):
+    # a tokenizer that has not warned yet: it does so once in its life
+    monkeypatch.setattr(pipe, "tokenizer", tiny.tokenizer())
+    for name in ("diffusers", "cinetok", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        pipe.encode_prompt(["abcdefghijkl"])
+    assert len(caplog.records) == 1, caplog.text
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -235,7 +249,15 @@ def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
         ({"image": None, "video": torch.zeros(3, 32, 32)}, ValueError, "as `image`"),
         ({"num_frames": 1}, ValueError, "leave nothing"),
         ({"num_frames_per_window": 1}, ValueError, "leaves nothing"),
-        ({"height": 40}, ValueError, "frames of 40x32 pixels"),
+        ({"height": 40}, ValueError, "frames of 40x32 pixels.*square sizes near: 32x32 or 64x64 pixels$"),
+        ({"height": 0}, ValueError, "height must be positive"),
+        ({"width": -32}, ValueError, "width must be positive"),
+        ({"height": 32.0}, TypeError, "height must be a whole number"),
+        ({"num_frames": 4.0}, TypeError, "num_frames must be a whole number"),
+        ({"num_frames_per_window": 0}, ValueError, "num_frames_per_window must be positive"),
+        ({"negative_prompt_embeds": torch.zeros(1, 5, 24)}, ValueError, r"prompts' \(1, 12, 24\), got \(1, 5, 24\)"),
+        ({"negative_prompt_embeds": torch.zeros(2, 12, 24)}, ValueError, r"got \(2, 12, 24\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 24)}, ValueError, "must be .batch, tokens, width."),
         ({"height": 33}, ValueError, "multiples of 4"),
         ({"width": 72}, ValueError, "frames of 32x72 pixels"),
         ({"prompt": None}, ValueError, "prompt"),

@@ -20,7 +20,7 @@ def preprocess_image(image, height, width=None):
 
     Raises:
         TypeError: another type of image.
-        ValueError: not three channels, or floats outside [0, 1].
+        ValueError: not three channels, no pixels, or floats that are not finite or outside [0, 1].
     """
     width = height if width is None else width
     if isinstance(image, Image.Image):
@@ -32,12 +32,16 @@ def preprocess_image(image, height, width=None):
     elif isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"an image tensor must be (3, height, width), got {tuple(image.shape)}")
+        if not image.numel():
+            raise ValueError(f"an image without pixels: {tuple(image.shape)}")
         if image.dtype == torch.uint8:
             pil = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
             return preprocess_image(pil, height, width).to(image.device)
         if not image.is_floating_point():
             raise TypeError(f"an image tensor must be uint8 or floating point, got {image.dtype}")
         pixels = image.float()
+        if not torch.isfinite(pixels).all():
+            raise ValueError("the image holds NaN or infinite values")
         if pixels.min() < 0 or pixels.max() > 1:
             raise ValueError(
                 f"floating point images must lie in [0, 1], got [{pixels.min():.3g}, {pixels.max():.3g}]; "

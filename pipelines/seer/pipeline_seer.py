@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,8 @@ class SeerPipeline(DiffusionPipeline):
         device = device or self._execution_device
         longest = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         inputs = self.tokenizer(prompt, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-        for text, ids in zip(prompt, self.tokenizer(prompt, truncation=False).input_ids):
+        # `verbose`: the tokenizer's own warning about the length would speak of errors to come.
+        for text, ids in zip(prompt, self.tokenizer(prompt, truncation=False, verbose=False).input_ids):
             if len(ids) > longest:
                 lost = self.tokenizer.decode(ids[longest - 1 : -1])
                 logger.warning(
@@ -151,12 +153,28 @@ class SeerPipeline(DiffusionPipeline):
         return torch.stack([torch.stack([preprocess_image(f, height, width).cpu() for f in clip]) for clip in clips])
 
     def _check_size(self, height, width):
-        if height % self.vae_scale_factor or width % self.vae_scale_factor:
-            raise ValueError(f"height and width must be multiples of {self.vae_scale_factor}, got {height}x{width}")
-        try:
-            self.unet.check_latent_size(height // self.vae_scale_factor, width // self.vae_scale_factor)
-        except ValueError as error:
-            raise ValueError(f"frames of {height}x{width} pixels are not possible: {error}") from error
+        factor = self.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, got {height}x{width}")
+
+        def problem(height, width):
+            try:
+                self.unet.check_latent_size(height // factor, width // factor)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        found = problem(height, width)
+        if found is None:
+            return
+        # The U-Net's own hint is in latents.
+        side, limit = max(height, width), 256 * factor
+        sizes = (range(side - factor, 0, -factor), range(side + factor, limit + 1, factor))
+        near = (next((size for size in candidates if problem(size, size) is None), None) for candidates in sizes)
+        raise ValueError(
+            f"frames of {height}x{width} pixels are not possible: {found.partition('; square sizes')[0]}; square sizes "
+            f"near: {' or '.join(f'{size}x{size}' for size in near if size is not None)} pixels"
+        )
 
     def _denoise(self, reference_latents, latents, text, num_cond_frames, step_kwargs, bar, on_step_end):
         """The sampling loop of one window: `latents` of the future frames, from noise to data."""
@@ -247,12 +265,14 @@ class SeerPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: contradictory or impossible arguments; no reference frame; as many reference frames as frames.
+            TypeError: arguments of another type, such as a fractional height.
         """
         # 1. Check inputs
-        height = height or self.config.resolution
-        width = width or self.config.resolution
+        height = self.config.resolution if height is None else height
+        width = self.config.resolution if width is None else width
         num_frames = self.config.num_frames if num_frames is None else num_frames
-        window = num_frames_per_window or self.config.num_frames
+        window = self.config.num_frames if num_frames_per_window is None else num_frames_per_window
+        _check_counts(height=height, width=width, num_frames=num_frames, num_frames_per_window=window)
         prompts = _as_prompts(prompt, prompt_embeds)
         self._check_size(height, width)
         self._check_inputs(output_type, window, num_videos_per_prompt, callback_on_step_end_tensor_inputs)
@@ -278,6 +298,7 @@ class SeerPipeline(DiffusionPipeline):
             if len(negative) != len(prompts):
                 raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
             negative_prompt_embeds = self.encode_prompt(negative, device)
+        _check_embeds(prompt_embeds, negative_prompt_embeds)
         prompt_embeds, negative_prompt_embeds = (
             None if embeds is None else embeds.to(device, dtype).repeat_interleave(num_videos_per_prompt, dim=0)
             for embeds in (prompt_embeds, negative_prompt_embeds)
@@ -394,6 +415,24 @@ def _as_prompts(prompt, prompt_embeds):
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}")
     return prompts
+
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _check_embeds(prompt_embeds, negative_prompt_embeds):
+    if prompt_embeds.ndim != 3:
+        raise ValueError(f"`prompt_embeds` must be (batch, tokens, width), got {tuple(prompt_embeds.shape)}")
+    if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
+        raise ValueError(
+            f"`negative_prompt_embeds` must have the shape of the prompts' {tuple(prompt_embeds.shape)}, got "
+            f"{tuple(negative_prompt_embeds.shape)}"
+        )
 
 
 def _plan_windows(num_reference, num_frames, window, num_cond_frames):
