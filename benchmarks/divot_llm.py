@@ -11,18 +11,11 @@ product, so that both see the same machine; times are medians. Operations are th
 multiply-add). Results go to benchmarks/results/divot_llm_<device>.json and .md (with --quick only to the screen).
 """
 
-import argparse
-import json
-import platform
-import resource
-import statistics
-import sys
-import time
-from pathlib import Path
+from statistics import median
 
 import torch
+from measuring import finish, markdown, matrix_product, options, parameter_count, peak_gb, set_up, take_turns
 
-RESULTS = Path(__file__).resolve().parent / "results"
 NUM_CLIPS, QUESTION, PROMPT = 20, 24, 32  # clips and tokens of text
 
 
@@ -91,88 +84,73 @@ def operations(model, name, tokens):
     return total
 
 
-def timed(run, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(arguments):
+    """(where, measurements)."""
     device = arguments.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    record = set_up(arguments.threads, str(dtype).removeprefix("torch."))
     layers = arguments.layers or (0 if device == "cuda" else 2)
     model = build(arguments.quick, layers, device, dtype)
-    size = 512 if arguments.quick else 8192 if device == "cuda" else 4096
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    side = 512 if arguments.quick else 8192 if device == "cuda" else 4096
+    record["device"] = torch.cuda.get_device_name() if device == "cuda" else record["machine"]
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "layers": model.config.text_config.num_hidden_layers,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
+        "repeats": arguments.repeats,
         "steps": {},
     }
     with torch.no_grad():
-        for name, (run, tokens) in steps(model, device).items():
-            timed(run, device), timed(lambda: left @ right, device)
-            pairs = [(timed(run, device), timed(lambda: left @ right, device)) for _ in range(arguments.repeats)]
-            seconds, product = (statistics.median(values) for values in zip(*pairs))
-            rate, peak = operations(model, name, tokens) / seconds, 2 * size**3 / product
+        prepared = steps(model, device)
+        for run, _ in prepared.values():
+            run()
+        result["process_peak_gb"] = peak_gb()  # before the products add to it
+        if device == "cuda":
+            result["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        product, product_operations = matrix_product(side, device, dtype)
+        for name, (run, tokens) in prepared.items():
+            times = take_turns([run, product], arguments.repeats, device)
+            seconds = median(times[run])
+            rate, product_rate = operations(model, name, tokens) / seconds, product_operations / median(times[product])
             result["steps"][name] = {
                 "tokens": tokens,
                 "seconds": seconds,
-                "tflops": rate / 1e12,
-                "matrix_product_tflops": peak / 1e12,
-                "share_of_matrix_product_rate": rate / peak,
+                "tflop_per_s": rate / 1e12,
+                "matrix_product_tflop_per_s": product_rate / 1e12,
+                "share_of_matrix_product_rate": rate / product_rate,
                 "weights_gb_per_s": sum(p.numel() * p.element_size() for p in model.parameters()) / seconds / 1e9,
             }
-    result["process_peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    if device == "cuda":
-        result["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return result
+    return record, result
 
 
-def table(result):
+def report(record, result):
+    """The measurements in words and as a markdown table."""
     lines = [
-        f"Divot-LLM, {result['layers']} layers, {result['parameters'] / 1e9:.2f} B parameters, {result['dtype']}, "
-        f"{result['device']}, torch {result['torch']}, {result['threads']} threads",
-        "",
-        "| step | tokens | ms | TFLOP/s | matrix product TFLOP/s | share |",
-        "|---|---|---|---|---|---|",
+        [
+            name,
+            f"{row['tokens']}",
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['tflop_per_s']:.3g}",
+            f"{row['matrix_product_tflop_per_s']:.3g}",
+            f"{row['share_of_matrix_product_rate']:.0%}",
+        ]
+        for name, row in result["steps"].items()
     ]
-    for name, row in result["steps"].items():
-        lines.append(
-            f"| {name} | {row['tokens']} | {1e3 * row['seconds']:.1f} | {row['tflops']:.3g} | "
-            f"{row['matrix_product_tflops']:.3g} | {row['share_of_matrix_product_rate']:.0%} |"
-        )
     memory = f"process peak {result['process_peak_gb']:.1f} GB"
     if "gpu_peak_gb" in result:
         memory += f", GPU peak {result['gpu_peak_gb']:.1f} GB"
-    return "\n".join([*lines, "", memory, ""])
+    text = f"{record['device']}, {result['layers']} layers, {result['parameters'] / 1e9:.2f} B parameters, {memory}"
+    header = ["step", "tokens", "ms", "TFLOP/s", "matrix product TFLOP/s", "share"]
+    return f"{text}\n\n{markdown(header, lines)}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__, "divot_llm_<device>.json and .md", repeats=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="a small model, to see that it works")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: 32 on a GPU, 2 on a CPU)")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    result = measure(arguments)
-    print(table(result))
-    if not arguments.quick:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        stem = f"divot_llm_{arguments.device}"
-        (arguments.output / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (arguments.output / f"{stem}.md").write_text(table(result))
-    return 0
+    record, result = measure(arguments)
+    finish(arguments, f"divot_llm_{arguments.device}", "Divot-LLM", {**record, **result}, report(record, result))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,29 +5,43 @@
     python benchmarks/video_lavit.py --only unet --height 128 --width 192
     python benchmarks/video_lavit.py --only extraction --video clip.mp4
 
-Networks: each runs in a process of its own with random weights, in turns with a large matrix product, so that both
-see the same machine; rates are medians, and the share is the network's rate divided by the product's. Operations are
-counted on the meta device (multiply and add are two). Peak memory is the whole process's, imports and weights included.
+Networks: each is saved with random weights and measured in a process of its own that loads it with `from_pretrained`, so
+the peak memory is that of a user's process: imports, weights, activations. In it, runs of the network and of a large
+matrix product take turns, so that both see the same machine; rates are medians, and the share is the network's rate
+divided by the product's. Operations are counted on the meta device (multiply and add are two). The target is a share of
+0.85.
 Extraction: `read_motion_vectors` in turns with a plain decode + re-encode of the same clip with the same settings; the
-ratio of their medians. Results go to benchmarks/results/video_lavit.json and .md (with --quick only to the screen).
+ratio of their medians. The target is a ratio of 1.5.
+Results go to benchmarks/results/video_lavit.json and .md (with --quick only to the screen).
 """
 
-import argparse
-import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from fractions import Fraction
 from pathlib import Path
+from statistics import median
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from measuring import (
+    at_least,
+    at_most,
+    call,
+    count_operations,
+    earlier,
+    finish,
+    judge,
+    markdown,
+    matrix_product,
+    on_meta,
+    options,
+    parameter_count,
+    peak_gb,
+    serve,
+    set_up,
+    take_turns,
+    verdict,
+)
+
 NETWORKS = ("visual_tokenizer", "motion_encode", "motion_decode", "unet")
-MATRIX = 3072
+NETWORK_TARGETS, EXTRACTION_TARGETS = {"share": at_least(0.85)}, {"ratio": at_most(1.5)}
 # The original's seconds for one image and one clip on a two-core machine; shown for comparison only.
 ORIGINAL_SECONDS = {"visual_tokenizer": 5.9, "motion_encode": 9.0, "motion_decode": 9.6}
 QUICK = {
@@ -39,84 +53,81 @@ QUICK = {
 }  # fmt: skip
 
 
-def build(name, quick, height, width):
-    """(module on the meta device, function(module, device) that runs it once)."""
-    import torch
+def network_class(name):
+    import cinetok
 
-    from cinetok.conversion.video_lavit_parts import build as component
-
-    arguments = QUICK[name] if quick else {}
-    module = component(name if name in ("unet", "visual_tokenizer") else "motion_tokenizer", arguments)
-    module.to("meta")  # diffusers' blending factors are made on the CPU regardless
-
-    def run(module, device):
-        generator = torch.Generator().manual_seed(0) if device == "cpu" else None
-
-        def draw(*shape):
-            return torch.randn(shape, generator=generator, device=device)
-
-        if name == "visual_tokenizer":
-            pixels, noise = draw(1, 3, 224, 224), draw(1, 256, 2)
-            # On the meta device the number of kept positions is unknown; quantization is a negligible share.
-            features = module.encoder(pixels)[:, 1:]
-            scores = module.token_predictor(features) + noise
-            return module.causal_encoder(features, scores[..., 0] >= scores[..., 1])
-        if name == "motion_encode":
-            return module.encode(draw(1, 2, 24, 20, 36)).indices
-        if name == "motion_decode":
-            return module.decode(quantized=draw(1, module.config.codebook_dim, 3, 5, 9)).reconstruction
-        condition = draw(1, 24, 256, module.config.cross_attention_dim)
-        ids = torch.tensor([[6.0, 127.0, 0.02]], device=device)
-        sample = draw(1, 24, 10, height // 8, width // 8)
-        return module(sample, torch.tensor(0.5, device=device), condition, ids).sample
-
-    return module.requires_grad_(False), run
-
-
-def run_network(name, quick, repeats, height, width):
-    """Measures one network in this process; returns a dictionary."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    module, run = build(name, quick, height, width)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(module, "meta")
-    operations = counter.get_total_flops()
-    module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data.normal_(0.0, 0.02, generator=generator)
     if name == "unet":
-        # Spatial convolutions dominate; activations then stay channels-last from the first of them on.
-        for convolution in (part for part in module.modules() if isinstance(part, torch.nn.Conv2d)):
-            convolution.to(memory_format=torch.channels_last)
-    side = 512 if quick else MATRIX
-    left, right = torch.randn(side, side), torch.randn(side, side)
-    product, seconds = torch.empty(side, side), {"network": [], "product": []}
+        return cinetok.VideoLavitUNetSpatioTemporalConditionModel
+    return cinetok.VideoLavitVisualTokenizer if name == "visual_tokenizer" else cinetok.VideoLavitMotionTokenizer
+
+
+def save_network(name, folder, quick):
+    """Writes a network with random weights. Runs in a process of its own, to keep its memory out of the measurement."""
+    import torch
+
+    torch.manual_seed(0)
+    kind, arguments = network_class(name), QUICK[name] if quick else {}
+    module = kind(**arguments) if name == "unet" else kind(kind.config_class(**arguments))
+    module.save_pretrained(folder)
+
+
+def forward(name, module, height, width, device="cpu"):
+    """One run of a network."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0) if device == "cpu" else None
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    if name == "visual_tokenizer":
+        pixels, noise = draw(1, 3, 224, 224), draw(1, 256, 2)
+        # On the meta device the number of kept positions is unknown; quantization is a negligible share.
+        features = module.encoder(pixels)[:, 1:]
+        scores = module.token_predictor(features) + noise
+        return module.causal_encoder(features, scores[..., 0] >= scores[..., 1])
+    if name == "motion_encode":
+        return module.encode(draw(1, 2, 24, 20, 36)).indices
+    if name == "motion_decode":
+        return module.decode(quantized=draw(1, module.config.codebook_dim, 3, 5, 9)).reconstruction
+    condition = draw(1, 24, 256, module.config.cross_attention_dim)
+    ids = torch.tensor([[6.0, 127.0, 0.02]], device=device)
+    sample = draw(1, 24, 10, height // 8, width // 8)
+    return module(sample, torch.tensor(0.5, device=device), condition, ids).sample
+
+
+def measure_network(name, folder, repeats, threads, quick, height, width):
+    """(where, measurements). Runs in a process of its own."""
+    import torch
+
+    record = set_up(threads)
+    module = network_class(name).from_pretrained(folder).eval()
+
+    def run():
+        forward(name, module, height, width)
+
     with torch.no_grad():
-        run(module, "cpu")
-        for _ in range(repeats):
-            for key, call in (
-                ("product", lambda: torch.mm(left, right, out=product)),
-                ("network", lambda: run(module, "cpu")),
-                ("product", lambda: torch.mm(left, right, out=product)),
-            ):
-                start = time.perf_counter()
-                call()
-                seconds[key].append(time.perf_counter() - start)
-    network = statistics.median(seconds["network"])
-    rate = operations / network
-    product_rate = 2 * side**3 / statistics.median(seconds["product"])
-    return {
-        "gflop": operations / 1e9,
-        "seconds": network,
+        run()
+        peak = peak_gb()  # before the products add to it
+        product, operations = matrix_product(512 if quick else 3072)
+        seconds = take_turns([product, run, product], repeats)
+    meta = on_meta(module)
+    work = count_operations(lambda: forward(name, meta, height, width, "meta"))
+    rate, product_rate = work / median(seconds[run]), operations / median(seconds[product])
+    row = {
+        "gflop": work / 1e9,
+        "seconds": median(seconds[run]),
         "original_seconds": None if quick else ORIGINAL_SECONDS.get(name),
-        "gflops_per_second": rate / 1e9,
-        "product_gflops_per_second": product_rate / 1e9,
+        "gflop_per_s": rate / 1e9,
+        "matrix_product_gflop_per_s": product_rate / 1e9,
         "share": rate / product_rate,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "weights_gb": sum(p.numel() * p.element_size() for p in module.parameters()) / 1e9,
+        "process_peak_gb": peak,
+        "parameters": parameter_count(module),
+        "repeats": repeats,
     }
+    if name == "unet":
+        row["frames"] = [24, height, width]
+    return record, judge(row, NETWORK_TARGETS)
 
 
 def plain_transcode(path, fps):
@@ -170,79 +181,101 @@ def synthetic_clip(path, seconds=8, height=360, width=640):
     return str(path)
 
 
-def run_extraction(video, repeats, quick):
-    """Ratio of the time of `read_motion_vectors` to that of a plain decode + re-encode."""
+def measure_extraction(video, repeats, threads, quick):
+    """(where, ratio of the time of `read_motion_vectors` to that of a plain decode + re-encode). Runs in a process."""
     from cinetok import read_motion_vectors
 
+    record, rows = set_up(threads), {}
     with tempfile.TemporaryDirectory() as folder:
         path = video or synthetic_clip(Path(folder) / "clip.mp4", seconds=2 if quick else 8)
-        results = {}
         for fps in (6, 12):
-            seconds = {"plain": [], "extraction": []}
-            for _ in range(max(3, repeats)):
-                for key, call in (("plain", plain_transcode), ("extraction", read_motion_vectors)):
-                    start = time.perf_counter()
-                    call(path, fps)
-                    seconds[key].append(time.perf_counter() - start)
-            medians = {key: statistics.median(values) for key, values in seconds.items()}
-            results[f"{fps} fps"] = {**medians, "ratio": medians["extraction"] / medians["plain"]}
-    return results
+
+            def plain(fps=fps):
+                plain_transcode(path, fps)
+
+            def extract(fps=fps):
+                read_motion_vectors(path, fps)
+
+            seconds = {function: median(times) for function, times in take_turns([plain, extract], repeats).items()}
+            row = {"plain_seconds": seconds[plain], "seconds": seconds[extract], "repeats": repeats}
+            rows[f"{fps} fps"] = judge({**row, "ratio": seconds[extract] / seconds[plain]}, EXTRACTION_TARGETS)
+    return record, rows
 
 
-def table(results):
-    lines = []
-    if results["networks"]:
-        lines += [
-            "| network | GFLOP | seconds | original, s | GFLOP/s | product, GFLOP/s | share | peak GB | weights GB |",
-            "|---|---|---|---|---|---|---|---|---|",
+def network_table(rows):
+    header = [
+        "network",
+        "GFLOP",
+        "seconds",
+        "original, s",
+        "GFLOP/s",
+        "matrix products, GFLOP/s",
+        "share",
+        "target",
+        "",
+    ]
+    lines = [
+        [
+            name,
+            f"{row['gflop']:.0f}",
+            f"{row['seconds']:.2f}",
+            f"{row['original_seconds']:.1f}" if row["original_seconds"] else "",
+            f"{row['gflop_per_s']:.0f}",
+            f"{row['matrix_product_gflop_per_s']:.0f}",
+            f"{row['share']:.2f}",
+            *verdict(row, "share"),
+            f"{row['process_peak_gb']:.2f}",
+            f"{row['parameters'] / 1e6:.1f}",
         ]
-    for name, row in results["networks"].items():
-        original = f"{row['original_seconds']:.1f}" if row["original_seconds"] else ""
-        lines.append(
-            f"| {name} | {row['gflop']:.0f} | {row['seconds']:.2f} | {original} | {row['gflops_per_second']:.0f} | "
-            f"{row['product_gflops_per_second']:.0f} | {row['share']:.2f} | {row['peak_gb']:.2f} | "
-            f"{row['weights_gb']:.2f} |"
-        )
-    if results["extraction"]:
-        lines += [
-            "",
-            "| motion extraction | plain decode + re-encode, s | with vectors, s | ratio |",
-            "|---|---|---|---|",
+        for name, row in rows.items()
+    ]
+    return markdown([*header, "process peak, GB", "parameters, M"], lines)
+
+
+def extraction_table(rows):
+    lines = [
+        [
+            name,
+            f"{row['plain_seconds']:.3f}",
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.2f}",
+            *verdict(row, "ratio"),
         ]
-    for name, row in results["extraction"].items():
-        lines.append(f"| {name} | {row['plain']:.3f} | {row['extraction']:.3f} | {row['ratio']:.2f} |")
-    return "\n".join(lines).strip()
+        for name, row in rows.items()
+    ]
+    header = ["motion extraction", "plain decode + re-encode, s", "with vectors, s", "ratio", "target", ""]
+    return markdown(header, lines)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
+def main():
+    serve(save_network, measure_network, measure_extraction)
+    parser = options(__doc__, "video_lavit.json and .md", repeats=3)
     parser.add_argument("--only", action="append", choices=(*NETWORKS, "extraction"))
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--height", type=int, default=128, help="of the U-Net's frames in pixels")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--video", help="clip for the extraction; default: a synthetic one")
-    parser.add_argument("--child", choices=NETWORKS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    size = (arguments.height, arguments.width)
-    if arguments.child:
-        print(json.dumps(run_network(arguments.child, arguments.quick, arguments.repeats, *size)))
-        return
-    chosen = arguments.only or (*NETWORKS, "extraction")
-    results = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "networks": {}}
-    results["unet_frames"] = [24, *size]
+    arguments = parser.parse_args()
+    chosen, quick, networks, extraction = arguments.only or (*NETWORKS, "extraction"), arguments.quick, {}, {}
+    common = {"threads": arguments.threads, "quick": quick}
     for name in [name for name in NETWORKS if name in chosen]:
-        command = [sys.executable, __file__, "--child", name, "--repeats", str(arguments.repeats)]
-        command += ["--height", str(size[0]), "--width", str(size[1])] + ["--quick"] * arguments.quick
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        results["networks"][name] = json.loads(output.strip().splitlines()[-1])
-    wanted = "extraction" in chosen
-    results["extraction"] = run_extraction(arguments.video, arguments.repeats, arguments.quick) if wanted else {}
-    print(table(results))
-    if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "video_lavit.json").write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "video_lavit.md").write_text(table(results) + "\n")
+        size = {"height": arguments.height, "width": arguments.width}
+        with tempfile.TemporaryDirectory() as folder:
+            call(save_network, name=name, folder=folder, quick=quick)
+            record, networks[name] = call(
+                measure_network, name=name, folder=folder, repeats=arguments.repeats, **common, **size
+            )
+    if "extraction" in chosen:
+        record, extraction = call(
+            measure_extraction, video=arguments.video, repeats=max(3, arguments.repeats), **common
+        )
+    if not quick:
+        path = arguments.output / "video_lavit.json"
+        networks = {**earlier(path, record, "networks"), **networks}
+        networks = {name: networks[name] for name in NETWORKS if name in networks}
+        extraction = extraction or earlier(path, record, "extraction")
+    tables = [network_table(networks)] * bool(networks) + [extraction_table(extraction)] * bool(extraction)
+    record = {**record, "networks": networks, "extraction": extraction}
+    finish(arguments, "video_lavit", "Video-LaVIT", record, "\n".join(tables))
 
 
 if __name__ == "__main__":
