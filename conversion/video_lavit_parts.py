@@ -45,6 +45,7 @@ KEYFRAME_VAE = {
 }
 VIDEO_VAE = {**_VAE_BLOCKS, "sample_size": 768, "scaling_factor": 0.18215, "force_upcast": True}
 VIDEO_UNET = {"sample_size": 96, "num_frames": 25}
+_MERGER_MLP_RATIO = 4.3637
 _DIFFUSION = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -80,6 +81,8 @@ def visual_tokenizer_arguments(original):
     arguments.update(
         merger_num_hidden_layers=original["layers"],
         merger_num_attention_heads=original["heads"],
+        # Written into the original's code, whatever the encoder's ratio.
+        merger_intermediate_size=int(arguments["hidden_size"] * _MERGER_MLP_RATIO),
         codebook_size=original["n_code"],
         codebook_dim=original["code_dim"],
     )
@@ -139,11 +142,12 @@ def motion_encoder_arguments(original):
         "num_layers": original["depth"],
         "num_attention_heads": original["num_heads"],
         "out_channels": original["out_channel"],
-        "num_frames": original["num_frames"] if original.get("add_temp_pos") else None,
+        "num_frames": original.get("num_frames", 24) if original.get("add_temp_pos") else None,
     }
 
 
 # ------------------------------------------------------------------------------------------------------------- building
+# Without arguments a component has its released size; what a given configuration leaves out are the class's defaults.
 
 
 def build(component, arguments=None):
@@ -181,25 +185,25 @@ def _motion_encoder(**arguments):
 def _unet(**arguments):
     from ..modeling.video_lavit.unet_video_lavit import VideoLavitUNetSpatioTemporalConditionModel
 
-    return VideoLavitUNetSpatioTemporalConditionModel(**{**VIDEO_UNET, **arguments}).eval()
+    return VideoLavitUNetSpatioTemporalConditionModel(**(arguments or VIDEO_UNET)).eval()
 
 
 def _vae(**arguments):
     from diffusers import AutoencoderKLTemporalDecoder
 
-    return AutoencoderKLTemporalDecoder(**{**VIDEO_VAE, **arguments}).eval()
+    return AutoencoderKLTemporalDecoder(**(arguments or VIDEO_VAE)).eval()
 
 
 def _keyframe_unet(**arguments):
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**{**KEYFRAME_UNET, **arguments}).eval()
+    return UNet2DConditionModel(**(arguments or KEYFRAME_UNET)).eval()
 
 
 def _keyframe_vae(**arguments):
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(**{**KEYFRAME_VAE, **arguments}).eval()
+    return AutoencoderKL(**(arguments or KEYFRAME_VAE)).eval()
 
 
 _BUILDERS = {

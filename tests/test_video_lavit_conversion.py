@@ -223,6 +223,22 @@ def test_original_configurations_convert(tmp_path, name):
     assert json.loads((output / "conversion.json").read_text())["converted_tensors"].popitem()[1] == count
 
 
+def test_a_given_configuration_is_not_mixed_with_the_released_one():
+    assert parts.build("vae").config.sample_size == 768 and parts.build("keyframe_vae").config.scaling_factor == 0.13025
+    vae = parts.build("vae", {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2})
+    assert (vae.config.sample_size, vae.config.layers_per_block) == (32, 1)  # the class's defaults
+    sizes = {"dim": 16, "num_heads": 2, "depth": 1, "out_channel": 16}
+    assert parts.motion_encoder_arguments(sizes)["num_frames"] is None
+    assert parts.motion_encoder_arguments({**sizes, "add_temp_pos": True})["num_frames"] == 24
+    eva = {
+        "vision_cfg": {"image_size": 42, "layers": 1, "width": 16, "head_width": 8, "mlp_ratio": 2, "patch_size": 14}
+    }
+    original = {"eva": {**eva, "embed_dim": 8}, "layers": 1, "heads": 2, "n_code": 8, "code_dim": 4}
+    arguments = parts.visual_tokenizer_arguments(original)
+    # The merger's ratio is written into the original's code.
+    assert (arguments["intermediate_size"], arguments["merger_intermediate_size"]) == (32, int(16 * 4.3637))
+
+
 def test_image_processor_is_found_by_the_auto_class(tmp_path):
     cases.tiny("visual_tokenizer", cases.VISUAL).save_pretrained(tmp_path)
     VideoLavitImageProcessor(28).save_pretrained(tmp_path)

@@ -146,7 +146,9 @@ def test_the_whole_generation_system_converts_and_runs(tmp_path, llama_tokenizer
     }  # fmt: skip
     folder = llama_tokenizer.parents[1] / "Video-LaVIT-v1"
     keyframe, video = tiny.keyframe_components(), tiny.video_components()
-    visual_config = VideoLavitVisualTokenizerConfig(**{**tiny.VISUAL, "codebook_size": 16384})
+    visual_config = VideoLavitVisualTokenizerConfig(
+        **{**tiny.VISUAL, "codebook_size": 16384, "merger_intermediate_size": 69}
+    )
     visual = tiny.randomize(VideoLavitVisualTokenizer(visual_config), 1)
     motion_config = VideoLavitMotionTokenizerConfig(**motion_tokenizer_arguments(original["motion_tokenizer"]))
     motion = tiny.randomize(VideoLavitMotionTokenizer(motion_config), 2)

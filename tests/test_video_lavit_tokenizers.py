@@ -163,13 +163,25 @@ def test_visual_encode_refuses(visual):
         plain.get_image_features(torch.zeros(1, 3, 56, 56))
 
 
+@torch.no_grad()
+def test_widths_that_halve_once_and_a_merger_of_its_own_width():
+    sizes = {"hidden_size": 34, "num_attention_heads": 2, "merger_num_attention_heads": 2}
+    model = cases.tiny("visual_tokenizer", {**cases.VISUAL, **sizes, "merger_intermediate_size": 50})
+    assert model.causal_encoder.blocks[0].mlp.fc1.out_features == 50
+    assert model.encoder.blocks[0].mlp.fc1.out_features == 64
+    assert model.encode(**cases.visual_inputs(1)).merged_features.shape == (1, 16, 34)
+    plain = cases.tiny("visual_tokenizer", cases.VISUAL)
+    assert plain.causal_encoder.blocks[0].mlp.fc1.out_features == 64
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"image_size": 57}, "no multiple of patch_size"),
         ({"num_attention_heads": 5}, "no multiple of num_attention_heads"),
         ({"merger_num_attention_heads": 3}, "no multiple of merger_num_attention_heads"),
-        ({"hidden_size": 34, "num_attention_heads": 2, "merger_num_attention_heads": 2}, "multiple of 4"),
+        ({"hidden_size": 33, "num_attention_heads": 3, "merger_num_attention_heads": 3}, "hidden_size 33 must be even"),
+        ({"merger_intermediate_size": 0}, "merger_intermediate_size must be positive"),
         ({"codebook_size": 0}, "codebook_size must be positive"),
         ({"projection_dim": 0}, "projection_dim must be positive"),
         ({"hidden_size": "32"}, "hidden_size"),

@@ -18,11 +18,12 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
         hidden_size: width of the encoder, the token selector and the token merger.
         num_hidden_layers: blocks of the EVA encoder.
         num_attention_heads: attention heads of the EVA encoder.
-        intermediate_size: hidden width of every MLP (encoder and merger).
+        intermediate_size: hidden width of the encoder's MLPs.
         layer_norm_eps: of the EVA encoder (the selector and the merger use 1e-5).
         clip_embedding_size: outputs of the encoder's CLIP head, which Video-LaVIT never uses but the files contain.
         merger_num_hidden_layers: blocks of the token merger.
         merger_num_attention_heads: attention heads of the token merger.
+        merger_intermediate_size: hidden width of the token merger's MLPs; None for `intermediate_size`.
         codebook_size: number of codes.
         codebook_dim: numbers per code.
         projection_dim: width of the language model that the continuous features are projected to; None for a tokenizer
@@ -47,6 +48,7 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
     clip_embedding_size: int = 1024
     merger_num_hidden_layers: int = 12
     merger_num_attention_heads: int = 16
+    merger_intermediate_size: int | None = None
     codebook_size: int = 16384
     codebook_dim: int = 32
     projection_dim: int | None = None
@@ -67,10 +69,10 @@ class VideoLavitVisualTokenizerConfig(PreTrainedConfig):
         for name in ("num_attention_heads", "merger_num_attention_heads"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {name} {getattr(self, name)}")
-        if self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 (the token selector halves it twice)"
-            )
+        if self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be even (the token selector splits it in two)")
+        if self.merger_intermediate_size is not None and self.merger_intermediate_size < 1:
+            raise ValueError(f"merger_intermediate_size must be positive or None, got {self.merger_intermediate_size}")
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim must be positive or None, got {self.projection_dim}")
 

@@ -222,7 +222,7 @@ class MergerBlock(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(dim, eps=_MERGER_NORM_EPS)
         self.token_cross_attn = MergerCrossAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=_MERGER_NORM_EPS)
-        self.mlp = Mlp(dim, config.intermediate_size)
+        self.mlp = Mlp(dim, config.merger_intermediate_size or config.intermediate_size)
 
     def forward(self, hidden_states, features, self_mask, cross_mask):
         hidden_states = hidden_states + self.token_causal_attn(self.norm0(hidden_states), self_mask)

@@ -63,6 +63,8 @@ KEYFRAME_UNET = {
     "cross_attention_dim": 24,
     "transformer_layers_per_block": (1, 1),
     "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
 }
@@ -72,6 +74,7 @@ KEYFRAME_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "layers_per_block": 1,
+    "scaling_factor": 0.13025,
 }
 # Pixels per latent cell of both tiny VAEs, and the size of the pictures below.
 SCALE, HEIGHT, WIDTH, FRAMES = 2, 16, 24, 5
