@@ -9,21 +9,19 @@ Notable:
 """
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-# Tokens a feed-forward takes at a time on a CPU when no gradient is needed: its four times wider inner activations then
-# stay in the caches, and the largest of them never exists as a whole.
-_FEED_FORWARD_CHUNK = 1024
+from ..cpu_layers import Linear, add, gated_feed_forward, is_cpu_inference
 
 
 class SeerRotaryEmbedding(nn.Module):
     """Rotary position embedding on interleaved channel pairs (https://arxiv.org/abs/2104.09864).
 
     Args:
-        dim: number of rotated channels of each head; pair j = (2j, 2j + 1) turns by position * 10000^(-2j / dim).
+        dim: number of rotated channels of each head; pair j = (2j, 2j + 1) turns by position * 10000^(-2j / dim). The
+            last channel of an odd number stays as it is.
         angle_dtype: "float32", or "float16" to round the angles through half precision. The published weights were
             trained and sampled under float16 autocast, where the angles themselves were half precision numbers: above
             position 2048 (the third frame at 32x32 latents) fast channels saw angles rounded to multiples of 2, 4, 8.
@@ -31,8 +29,6 @@ class SeerRotaryEmbedding(nn.Module):
 
     def __init__(self, dim, angle_dtype="float32"):
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"the number of rotated channels must be even, got {dim}")
         if angle_dtype not in ("float32", "float16"):
             raise ValueError(f"angle_dtype must be 'float32' or 'float16', got {angle_dtype!r}")
         self.dim = dim
@@ -42,32 +38,42 @@ class SeerRotaryEmbedding(nn.Module):
         self.register_buffer("freqs", self.frequencies())
 
     def frequencies(self, device=None):
-        """float32 (dim / 2,): radians per position of every pair."""
-        return 1.0 / 10000 ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim)
+        """float32 (dim // 2,): radians per position of every pair."""
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device)[: self.dim // 2] / self.dim
+        return 1.0 / 10000**exponents
 
     def angles(self, positions):
-        """Positions (...) -> float32 angles (..., dim / 2) in radians, rounded as `angle_dtype` says."""
+        """Positions (...) -> float32 angles (..., dim // 2) in radians, rounded as `angle_dtype` says."""
         angles = positions.to(torch.float32)[..., None] * self.frequencies(positions.device)
         return angles.to(self.angle_dtype).to(torch.float32)
 
     def forward(self, positions, dtype=torch.float32):
-        """Positions (...) -> (cos, sin), each (..., dim / 2) of `dtype`."""
+        """Positions (...) -> (cos, sin), each (..., dim // 2) of `dtype`."""
         angles = self.angles(positions)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary_embedding(hidden_states, cos, sin):
     """Turns the first channel pairs of `hidden_states` (..., channels) by the angles whose `cos` and `sin`
-    (..., dim / 2) are given; channels from dim on stay as they are."""
+    (..., pairs) are given; the channels behind them stay as they are."""
     dim = 2 * cos.shape[-1]
-    if hidden_states.dtype == torch.float32:
-        # The same turn as a complex product, several times faster: pairs are neighbours in memory.
-        pairs = torch.view_as_complex(hidden_states[..., :dim].unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-    else:
+    if hidden_states.dtype != torch.float32 or hidden_states.shape[-1] % 2:
         even, odd = hidden_states[..., 0:dim:2], hidden_states[..., 1:dim:2]
         turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, hidden_states[..., dim:]), dim=-1) if dim < hidden_states.shape[-1] else turned
+        return torch.cat((turned, hidden_states[..., dim:]), dim=-1)
+    # The same turn as a complex product, several times faster: pairs are neighbours in memory.
+    rotation = torch.complex(cos, sin)
+    if torch.is_grad_enabled():
+        turned = torch.view_as_real(_complex_pairs(hidden_states, dim) * rotation).flatten(-2)
+        return torch.cat((turned, hidden_states[..., dim:]), dim=-1)
+    turned = hidden_states.clone()
+    _complex_pairs(turned, dim).mul_(rotation)
+    return turned
+
+
+def _complex_pairs(hidden_states, dim):
+    """View of the first `dim` channels as complex numbers."""
+    return torch.view_as_complex(hidden_states[..., :dim].unflatten(-1, (-1, 2)))
 
 
 class SeerAttnProcessor:
@@ -112,10 +118,10 @@ class SeerAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
         self.heads = heads
-        self.to_q = nn.Linear(query_dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, query_dim)])
+        self.to_q = Linear(query_dim, heads * dim_head, bias=False)
+        self.to_k = Linear(context_dim, heads * dim_head, bias=False)
+        self.to_v = Linear(context_dim, heads * dim_head, bias=False)
+        self.to_out = nn.ModuleList([Linear(heads * dim_head, query_dim)])
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states, encoder_hidden_states=None, rotary=None, is_causal=False):
@@ -139,43 +145,28 @@ class SeerCausalAttention(SeerAttention):
 
 
 class SeerWindowAttention(SeerCausalAttention):
-    """Scaled autoregressive window attention (section 3.2 of the paper) over clips of tokens.
+    """Scaled autoregressive window attention (section 3.2 of the paper) over clips of tokens, or a slab of them."""
 
-    The window is the whole frame up to height `full_window_height`, `window_size` where at least `min_windows` of them
-    fit the height, and `small_window_size` in between. Height and width must be multiples of it.
-    """
+    def forward(self, hidden_states, positions, window):
+        """(batch, num_frames, height, width, channels) -> (batch, num_frames * height * width, channels).
 
-    def __init__(
-        self,
-        query_dim,
-        heads,
-        dim_head,
-        rotary_dim=32,
-        rotary_angle_dtype="float32",
-        window_size=8,
-        small_window_size=4,
-        full_window_height=4,
-        min_windows=4,
-    ):
-        super().__init__(query_dim, heads, dim_head, rotary_dim, rotary_angle_dtype)
-        self.window_rule = (window_size, small_window_size, full_window_height, min_windows)
-
-    def forward(self, hidden_states):
-        """(batch, num_frames, height, width, channels) -> (batch, num_frames * height * width, channels)."""
-        batch_size, num_frames, height, width, channels = hidden_states.shape
-        window = window_shape(height, width, *self.window_rule)
-        positions = torch.arange(num_frames * height * width, device=hidden_states.device)
-        positions = to_windows(positions.view(1, num_frames, height, width, 1), window)  # windows, tokens, 1
+        Args:
+            hidden_states: tokens; height and width are multiples of the window's.
+            positions: (num_frames, height, width), the tokens' indices in the whole clip.
+            window: height and width of the windows (see `window_shape`).
+        """
+        positions = to_windows(positions[None, ..., None], window)  # windows, tokens, 1
         cos, sin = self.rotary_emb(positions, hidden_states.dtype)  # windows, tokens, 1 (all heads), rotated / 2
-        if batch_size > 1:
-            cos, sin = (x.repeat(batch_size, 1, 1, 1) for x in (cos, sin))
+        if len(hidden_states) > 1:
+            cos, sin = (x.repeat(len(hidden_states), 1, 1, 1) for x in (cos, sin))
         windows = to_windows(hidden_states, window)
         windows = SeerAttention.forward(self, windows, rotary=(cos, sin), is_causal=True)
         return from_windows(windows, window, hidden_states.shape[:-1]).flatten(1, 3)
 
 
 def window_shape(height, width, window_size=8, small_window_size=4, full_window_height=4, min_windows=4):
-    """Height and width of the attention windows of a feature map.
+    """Height and width of the attention windows of a feature map: all of it up to height `full_window_height`,
+    `window_size` where at least `min_windows` of them fit the height, and `small_window_size` in between.
 
     Raises:
         ValueError: the windows do not tile the map.
@@ -206,25 +197,19 @@ def from_windows(windows, window, shape):
 
 
 class SeerFeedForward(FeedForward):
-    """diffusers' GEGLU feed-forward, with a faster way on CPUs (see `_FEED_FORWARD_CHUNK`)."""
+    """diffusers' GEGLU feed-forward, with a faster way on CPUs (see `gated_feed_forward`)."""
 
     def __init__(self, dim):
         super().__init__(dim, activation_fn="geglu")
 
     def forward(self, hidden_states):
-        # Adapters (LoRA) replace the linear layer by one that has to be called as a whole.
-        is_plain = type(self.net[0].proj) is nn.Linear
-        if torch.is_grad_enabled() or hidden_states.device.type != "cpu" or not is_plain:
+        inner, outer = self.net[0].proj, self.net[2]
+        # Adapters (LoRA) replace linear layers by ones that have to be called; layerwise casting changes weights' dtype.
+        is_plain = all(type(x) is nn.Linear and x.weight.dtype == hidden_states.dtype for x in (inner, outer))
+        if not is_plain or not is_cpu_inference(hidden_states):
             return super().forward(hidden_states)
-        chunks = hidden_states.flatten(0, -2).split(_FEED_FORWARD_CHUNK)
-        return torch.cat([self._forward_chunk(chunk) for chunk in chunks]).view_as(hidden_states)
-
-    def _forward_chunk(self, hidden_states):
-        # Two halves are faster than one product of twice the width whose halves are not contiguous.
-        value_weight, gate_weight = self.net[0].proj.weight.chunk(2)
-        value_bias, gate_bias = self.net[0].proj.bias.chunk(2)
-        gate = F.gelu(F.linear(hidden_states, gate_weight, gate_bias))
-        return self.net[2](gate.mul_(F.linear(hidden_states, value_weight, value_bias)))
+        value, gate = zip(inner.weight.chunk(2), inner.bias.chunk(2))
+        return gated_feed_forward(hidden_states, value, gate, (outer.weight, outer.bias))
 
 
 class SeerTextTransformerBlock(nn.Module):
@@ -246,8 +231,9 @@ class SeerTextTransformerBlock(nn.Module):
         query = self.norm2(hidden_states)
         # A query attends alone, so the frames of a sample that share a text are one long sequence of queries.
         grouped = query.reshape(encoder_hidden_states.shape[0], -1, query.shape[-1])
-        hidden_states = hidden_states + self.attn2(grouped, encoder_hidden_states).view_as(hidden_states)
-        return hidden_states + self.ff(self.norm3(hidden_states))
+        attended = self.attn2(grouped, encoder_hidden_states).view_as(hidden_states)
+        hidden_states = add(hidden_states, attended, memory=hidden_states)
+        return add(hidden_states, self.ff(self.norm3(hidden_states)), memory=hidden_states)
 
 
 class SeerTemporalTransformerBlock(nn.Module):
@@ -266,11 +252,12 @@ class SeerTemporalTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = SeerFeedForward(dim)
 
-    def forward(self, hidden_states, num_cond_frames=0):
+    def forward(self, hidden_states, num_cond_frames=0, *attention_inputs):
         """`hidden_states`: (batch, num_frames, ..., dim). The first `num_cond_frames` frames take part in attention but
-        skip the feed-forward, as in the authors' training."""
-        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states)).view_as(hidden_states)
+        skip the feed-forward, as in the authors' training. `attention_inputs` are those of the attention's forward."""
+        attended = self.attn1(self.norm1(hidden_states), *attention_inputs)
+        hidden_states = hidden_states + attended.view_as(hidden_states)
         if num_cond_frames == 0:
-            return hidden_states + self.ff(self.norm3(hidden_states))
+            return add(hidden_states, self.ff(self.norm3(hidden_states)), memory=hidden_states)
         reference, future = hidden_states[:, :num_cond_frames], hidden_states[:, num_cond_frames:]
         return torch.cat((reference, future + self.ff(self.norm3(future))), dim=1)

@@ -8,6 +8,7 @@ Notable:
 - One timestep serves the whole clip, reference frames included.
 - Clips are (batch, channels, num_frames, height, width) with channels last in memory: convolutions, token-wise layers
   and group norms then all read the same memory without copies.
+- On a CPU transformers run in slabs of independent frames or window rows, whose activations stay in the caches.
 """
 
 import torch
@@ -16,9 +17,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
 from torch import nn
 
+from ..cpu_layers import activate_and_convolve, add, can_upsample_by_phases, conv2d, is_cpu_inference, upsample_conv2d
+from ..outputs import VideoUNetOutput
 from .attention_seer import (
     SeerTemporalTransformerBlock,
     SeerTextTransformerBlock,
@@ -26,37 +28,22 @@ from .attention_seer import (
     window_shape,
 )
 
-# Up to this many pixels a frame, a 3x3 convolution on a CPU runs as one matrix product over all frames: convolution
-# kernels spend most of their time repacking the (large) weights when a feature map is this small, and in float16 some
-# of them (4x2 with stride 2, torch 2.13) are wrong.
-_SMALL_MAP = 64
+# Tokens that run through a transformer together on a CPU.
+_SLAB_TOKENS = 3072
 
 
 class InflatedConv2d(nn.Conv2d):
     """A 2-D convolution that runs on every frame: (batch, channels, num_frames, height, width) -> the same layout."""
 
     def forward(self, hidden_states):
-        batch_size, _, num_frames, height, width = hidden_states.shape
-        frames = hidden_states.transpose(1, 2).flatten(0, 1)
-        if self.kernel_size == (1, 1):
-            frames = F.linear(frames.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        elif frames.device.type == "cpu" and height * width <= _SMALL_MAP:
-            frames = self._as_matrix_product(frames)
-        else:
-            frames = super().forward(frames.contiguous(memory_format=torch.channels_last))
-        return frames.unflatten(0, (batch_size, num_frames)).transpose(1, 2)
+        return _per_frame(hidden_states, conv2d, self.weight, self.bias, self.stride, self.padding)
 
-    def _as_matrix_product(self, frames):
-        """Every output pixel is one row of a matrix of patches."""
-        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
-        pixels = F.pad(frames.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-        patches = pixels.unfold(1, kernel, stride).unfold(
-            2, kernel, stride
-        )  # batch, height, width, channels, rows, columns
-        patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)
-        # A view where the weights are channels-last in memory.
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
+
+def _per_frame(hidden_states, function, *args):
+    """`function(frames, *args)` with the frames of all clips as the batch."""
+    batch_size, _, num_frames = hidden_states.shape[:3]
+    frames = function(hidden_states.transpose(1, 2).flatten(0, 1), *args)
+    return frames.unflatten(0, (batch_size, num_frames)).transpose(1, 2)
 
 
 def group_norm_float32(norm, hidden_states):
@@ -88,10 +75,10 @@ class SeerResnetBlock(nn.Module):
     def forward(self, hidden_states, temb):
         """`hidden_states`: (batch, in_channels, num_frames, height, width); `temb`: (batch, temb_channels)."""
         residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
-        hidden_states = self.conv1(F.silu(group_norm_float32(self.norm1, hidden_states)))
-        hidden_states = hidden_states + self.time_emb_proj(F.silu(temb))[:, :, None, None, None]
-        hidden_states = self.conv2(F.silu(group_norm_float32(self.norm2, hidden_states)))
-        return hidden_states + residual
+        hidden_states = activate_and_convolve(self.conv1, group_norm_float32(self.norm1, hidden_states), dim=2)
+        shifted = hidden_states + self.time_emb_proj(F.silu(temb))[:, :, None, None, None]
+        hidden_states = activate_and_convolve(self.conv2, group_norm_float32(self.norm2, shifted), dim=2)
+        return add(hidden_states, residual, memory=shifted)
 
 
 class SeerTransformer3DModel(nn.Module):
@@ -103,11 +90,22 @@ class SeerTransformer3DModel(nn.Module):
         cross_attention_dim: width of the text. None makes it a temporal transformer, whose output convolution starts
             at zero so that a freshly inflated U-Net adds nothing in time.
         num_layers: number of blocks.
-        attention_kwargs: rotary and window settings of a temporal transformer (see `SeerWindowAttention`).
+        window_rule: arguments of `window_shape` by which a temporal transformer chooses windows.
+        attention_kwargs: rotary settings of a temporal transformer (see `SeerCausalAttention`).
     """
 
-    def __init__(self, in_channels, heads, dim_head, cross_attention_dim=None, num_layers=1, **attention_kwargs):
+    def __init__(
+        self,
+        in_channels,
+        heads,
+        dim_head,
+        cross_attention_dim=None,
+        num_layers=1,
+        window_rule=None,
+        **attention_kwargs,
+    ):
         super().__init__()
+        self.window_rule = window_rule or {}
         dim = heads * dim_head
         self.is_temporal = cross_attention_dim is None
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
@@ -128,18 +126,52 @@ class SeerTransformer3DModel(nn.Module):
     def forward(self, hidden_states, encoder_hidden_states=None, num_cond_frames=0):
         """`hidden_states`: (batch, in_channels, num_frames, height, width). Text transformers take
         `encoder_hidden_states` (batch, num_frames, text tokens, width), temporal ones `num_cond_frames`."""
-        residual = hidden_states
-        tokens = self.proj_in(self.norm(hidden_states)).permute(0, 2, 3, 4, 1)
-        clip_shape = tokens.shape  # batch, num_frames, height, width, channels
-        if self.is_temporal:
+        height, width = hidden_states.shape[3:]
+        normed = self.norm(hidden_states)
+        if not self.is_temporal:
+
+            def transform(part, start):
+                frames = slice(start, start + part.shape[2])
+                tokens = part.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+                context = encoder_hidden_states[:, frames].flatten(0, 1)
+                for block in self.transformer_blocks:
+                    tokens = block(tokens, context)
+                return tokens
+
+            return self._in_slabs(transform, normed, hidden_states, dim=2, step=1)
+
+        window = window_shape(height, width, **self.window_rule)
+        positions = torch.arange(hidden_states.shape[2:].numel(), device=hidden_states.device)
+        positions = positions.view(hidden_states.shape[2:])
+
+        def transform_in_time(part, start):
+            tokens = part.permute(0, 2, 3, 4, 1)
             for block in self.transformer_blocks:
-                tokens = block(tokens, num_cond_frames)
+                tokens = block(tokens, num_cond_frames, positions[:, start : start + part.shape[3]], window)
+            return tokens
+
+        return self._in_slabs(transform_in_time, normed, hidden_states, dim=3, step=window[0])
+
+    def _in_slabs(self, transform, normed, residual, dim, step):
+        """`residual` plus projected and transformed `normed`; on a CPU in slabs along an axis whose every `step` entries
+        are independent of the others: what the layers in between hand on then stays in the caches."""
+        size = normed.shape[dim]
+        if is_cpu_inference(normed):
+            tokens = normed.shape[2:].numel() * normed.shape[0]
+            step = min(size, step * max(1, _SLAB_TOKENS * size // (step * tokens)))
         else:
-            tokens = tokens.flatten(2, 3).flatten(0, 1)
-            context = encoder_hidden_states.flatten(0, 1)
-            for block in self.transformer_blocks:
-                tokens = block(tokens, context)
-        return self.proj_out(tokens.view(clip_shape).permute(0, 4, 1, 2, 3)) + residual
+            step = size
+        results = None if step == size else torch.empty_like(residual)
+        for start in range(0, size, step):
+            part = self.proj_in(normed.narrow(dim, start, min(step, size - start)))
+            tokens = transform(part, start)
+            part = self.proj_out(tokens.reshape(part.permute(0, 2, 3, 4, 1).shape).permute(0, 4, 1, 2, 3))
+            if results is None:
+                return part + residual
+            kept = slice(start, start + part.shape[dim])
+            index = (slice(None),) * dim + (kept,)
+            torch.add(part, residual[index], out=results[index])
+        return results
 
 
 class SeerDownsample(nn.Module):
@@ -161,10 +193,14 @@ class SeerUpsample(nn.Module):
         self.conv = InflatedConv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden_states):
-        batch_size, _, num_frames = hidden_states.shape[:3]
-        frames = hidden_states.transpose(1, 2).flatten(0, 1)
+        return _per_frame(hidden_states, self._upsample)
+
+    def _upsample(self, frames):
+        # Adapters (LoRA) replace the convolution by a layer that has to be called.
+        if type(self.conv) is InflatedConv2d and can_upsample_by_phases(frames):
+            return upsample_conv2d(frames, self.conv.weight, self.conv.bias)
         frames = F.interpolate(frames, scale_factor=2.0, mode="nearest")
-        return self.conv(frames.unflatten(0, (batch_size, num_frames)).transpose(1, 2))
+        return self.conv(frames.unsqueeze(2)).squeeze(2)
 
 
 class _SeerBlock(nn.Module):
@@ -307,17 +343,19 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
                 f"the widths {wrong} of block_out_channels must be multiples of 32 (norm groups) and of "
                 f"num_attention_heads={num_attention_heads}"
             )
-        self.window_rule = (window_size, small_window_size, full_window_height, min_windows)
+        self.window_rule = {
+            "window_size": window_size,
+            "small_window_size": small_window_size,
+            "full_window_height": full_window_height,
+            "min_windows": min_windows,
+        }
         attentions = {
             "heads": num_attention_heads,
             "cross_attention_dim": cross_attention_dim,
             "temporal": {
                 "rotary_dim": rotary_dim,
                 "rotary_angle_dtype": rotary_angle_dtype,
-                "window_size": window_size,
-                "small_window_size": small_window_size,
-                "full_window_height": full_window_height,
-                "min_windows": min_windows,
+                "window_rule": self.window_rule,
             },
         }
         widths, last = list(block_out_channels), len(block_out_channels) - 1
@@ -353,15 +391,6 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = InflatedConv2d(widths[0], out_channels, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As of diffusers' `ModelMixin`; puts convolution weights into the memory layout `forward` uses."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.to(memory_format=torch.channels_last)
-        return loaded
 
     @classmethod
     def from_unet2d(cls, unet, **kwargs):
@@ -376,7 +405,9 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: the U-Net has parts that Stable Diffusion 1.x has not; they are named.
         """
         config = unet_config_from_2d(unet.config)
-        video_unet = cls(**{**config, **kwargs}).to(device=unet.device, dtype=unet.dtype)
+        video_unet = cls(**{**config, **kwargs}).to(unet.device)
+        if video_unet.dtype != unet.dtype:
+            video_unet = video_unet.to(unet.dtype)
         missing, unexpected = video_unet.load_state_dict(unet.state_dict(), strict=False)
         missing = [name for name in missing if ".temporal_attentions." not in name]
         if missing or unexpected:
@@ -407,7 +438,7 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
             return f"height and width must be positive multiples of {factor}"
         for level in range(levels):
             try:
-                window_shape(height >> level, width >> level, *self.window_rule)
+                window_shape(height >> level, width >> level, **self.window_rule)
             except ValueError as error:
                 return str(error).split(";")[0]
         return None
@@ -419,7 +450,7 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
         encoder_hidden_states: torch.Tensor,
         num_cond_frames: int = 0,
         return_dict: bool = True,
-    ) -> UNet3DConditionOutput | tuple:
+    ) -> VideoUNetOutput | tuple:
         """
         Args:
             sample: clips of latents, reference frames first: (batch, in_channels, num_frames, height, width).
@@ -430,7 +461,7 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
             return_dict: False returns a tuple.
 
         Returns:
-            `UNet3DConditionOutput` with `sample`: (batch, out_channels, num_frames, height, width).
+            `VideoUNetOutput` with `sample`: (batch, out_channels, num_frames, height, width).
 
         Raises:
             ValueError: shapes that do not fit each other or the model.
@@ -452,7 +483,7 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         hidden_states = F.silu(group_norm_float32(self.conv_norm_out, hidden_states))
         hidden_states = self.conv_out(hidden_states)
-        return UNet3DConditionOutput(sample=hidden_states) if return_dict else (hidden_states,)
+        return VideoUNetOutput(sample=hidden_states) if return_dict else (hidden_states,)
 
     def _check_inputs(self, sample, encoder_hidden_states, num_cond_frames):
         if sample.ndim != 5 or sample.shape[1] != self.config.in_channels:
@@ -483,7 +514,7 @@ class SeerUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin):
 # What the U-Nets of Stable Diffusion 1.x have in common; another value is another architecture.
 _SD1_SETTINGS = {
     "center_input_sample": (False,),
-    "act_fn": ("silu",),
+    "act_fn": ("silu", "swish"),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
