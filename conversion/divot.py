@@ -5,6 +5,8 @@ not hold the tokenizer, which the de-tokenizer needs for its unconditional condi
 two files and a de-tokenizer from three; which file is which is read off the tensor names.
 """
 
+import warnings
+
 import torch
 
 from ..errors import CheckpointError
@@ -27,6 +29,61 @@ CLIP_HUB_ID = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # Sizes that the original writes into its code instead of its configuration files.
 _TEMPORAL_HEADS, _JOINT_HEADS, _RESAMPLER_HEADS, _RESAMPLER_HEAD_DIM = 12, 8, 16, 64
 _MLP_RATIO = 4
+
+# Options of the original U-Net that make another network, as its code has them where a configuration is silent.
+_UNET_OPTIONS = {
+    "conv_resample": True,
+    "dims": 2,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "use_linear": False,
+    "temporal_conv": False,
+    "tempspatial_aware": False,
+    "temporal_attention": True,
+    "use_relative_position": True,
+    "use_causal_attention": False,
+    "addition_attention": False,
+    "temporal_selfatt_only": True,
+    "image_cross_attention": False,
+    "image_cross_attention_scale_learnable": False,
+}
+
+# Keys of the original's configurations. What is not listed is an error, because it might change what is computed.
+_SECTIONS = {
+    "unet": ("diffusion_model", "unet_config"),
+    "vae": ("first_stage_model", "first_stage_config"),
+    "resampler": ("image_proj_model", "image_proj_stage_config"),
+    "tokenizer": ("video_tokenizer", "video_tokenizer_config"),
+}
+_SCHEDULE_KEYS = {"beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s", "given_betas"} | {
+    "parameterization",
+    "zero_terminal_snr",
+    "rescale_betas_zero_snr",
+}
+_SAMPLING = {
+    "ddim_steps": ("num_inference_steps", 50),
+    "ddim_eta": ("eta", 1.0),
+    "unconditional_guidance_scale": ("guidance_scale", 7.5),
+    "guidance_rescale": ("guidance_rescale", 0.7),
+}
+_KEYS = {
+    "de-tokenizer": {name for names in _SECTIONS.values() for name in names}
+    | {"num_frames", "image_size", "fs", "timestep_spacing", "v_posterior", "channels", "scale_factor"}
+    | {*_SAMPLING, *_SCHEDULE_KEYS, "pretrained_model_path", "sampling"},
+    "U-Net": {"in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions", "dropout"}
+    | {"channel_mult", "context_dim", "num_heads", "num_head_channels", "transformer_depth", "default_fs"}
+    | {"fs_condition", "temporal_length", "use_checkpoint", "use_fp16", *_UNET_OPTIONS},
+    "VAE": {"embed_dim", "ddconfig", "lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "test"}
+    | {"colorize_nlabels", "logdir", "input_dim", "test_args"},
+    "VAE's ddconfig": {"double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "dropout"}
+    | {"num_res_blocks", "attn_resolutions", "resamp_with_conv", "tanh_out", "use_linear_attn", "attn_type"}
+    | {"give_pre_end"},
+    "resampler": {"dim", "depth", "dim_head", "heads", "num_queries", "embedding_dim", "output_dim", "norm_out"}
+    | {"ff_mult"},
+    "tokenizer": {"num_frames", "input_dim", "hidden_size", "width", "temporal_depth", "pool_size", "use_norm"}
+    | {"transformer_depth", "resampler_depth", "st_num_tokens", "down_num_tokens", "resampler_dim"}
+    | {"pretrained_model_path", "clip"},
+}
 
 LICENSE = License(
     id="apache-2.0",
@@ -109,6 +166,13 @@ def _arguments(section):
     return {k: v for k, v in section.items() if k not in ("_target_", "target", "class")}
 
 
+def _check_keys(section, what):
+    """Raises CheckpointError for keys the original's class does not have."""
+    unknown = sorted(set(_arguments(section)) - _KEYS[what])
+    if unknown:
+        raise CheckpointError(f"the {what} configuration has unknown keys: {', '.join(unknown)}")
+
+
 def _need(arguments, name, what):
     if name not in arguments:
         raise CheckpointError(f"the {what} configuration lacks {name!r}")
@@ -165,7 +229,7 @@ def unet_config(section):
     """Original U-Net configuration -> arguments of `DivotUNet3DConditionModel`."""
     arguments = _arguments(section)
     _expect(
-        arguments,
+        _UNET_OPTIONS | arguments,
         "U-Net",
         use_linear=True,
         temporal_conv=True,
@@ -194,7 +258,7 @@ def unet_config(section):
         "transformer_layers_per_block": arguments.get("transformer_depth", 1),
         "cross_attention_dim": _need(arguments, "context_dim", "U-Net"),
         "fs_conditioning": arguments.get("fs_condition", False),
-        "default_fs": arguments.get("default_fs", 3),
+        "default_fs": arguments.get("default_fs", 4),
         "dropout": arguments.get("dropout", 0.0),
     }
 
@@ -210,6 +274,8 @@ def resampler_config(section):
         "num_layers": _need(arguments, "depth", "resampler"),
         "num_heads": arguments.get("heads", _RESAMPLER_HEADS),
         "head_dim": arguments.get("dim_head", _RESAMPLER_HEAD_DIM),
+        "feed_forward_ratio": arguments.get("ff_mult", _MLP_RATIO),
+        "normalize_output": arguments.get("norm_out", True),
     }
 
 
@@ -220,7 +286,17 @@ def vae_config(section=None):
     else:
         arguments = _arguments(section)
         sizes = _need(arguments, "ddconfig", "VAE")
-        _expect(sizes, "VAE", double_z=True, attn_resolutions=[])
+        _expect(
+            sizes,
+            "VAE",
+            double_z=True,
+            attn_resolutions=[],
+            resamp_with_conv=True,
+            tanh_out=False,
+            give_pre_end=False,
+            use_linear_attn=False,
+            attn_type="vanilla",
+        )
         _expect(arguments, "VAE", embed_dim=sizes["z_channels"])
         widths = [sizes["ch"] * factor for factor in sizes["ch_mult"]]
         layers, latents = sizes["num_res_blocks"], sizes["z_channels"]
@@ -255,19 +331,46 @@ def _detokenizer_sections(config):
     """The parts of a de-tokenizer configuration, whatever the file calls them."""
     root = config.get("model", config)
     arguments = {**_arguments(root), **{k: v for k, v in root.items() if isinstance(v, dict)}}
-    names = {
-        "unet": ("diffusion_model", "unet_config"),
-        "vae": ("first_stage_model", "first_stage_config"),
-        "resampler": ("image_proj_model", "image_proj_stage_config"),
-        "tokenizer": ("video_tokenizer", "video_tokenizer_config"),
-    }
+    _check_keys(arguments, "de-tokenizer")
     found = {}
-    for part, keys in names.items():
+    for part, keys in _SECTIONS.items():
         present = [arguments[key] for key in keys if isinstance(arguments.get(key), dict)]
-        if not present:
+        if not present and part != "tokenizer":  # the authors' files describe it separately
             raise CheckpointError(f"the de-tokenizer configuration has none of the sections {', '.join(keys)}")
-        found[part] = present[0]
+        found[part] = present[0] if present else None
+    for part, what in (("unet", "U-Net"), ("vae", "VAE"), ("resampler", "resampler"), ("tokenizer", "tokenizer")):
+        if found[part] is not None:
+            _check_keys(found[part], what)
+    _check_keys(_need(_arguments(found["vae"]), "ddconfig", "VAE"), "VAE's ddconfig")
     return found
+
+
+def _detokenizer_parts(config):
+    """A de-tokenizer configuration -> (arguments of its parts by name, settings of the sampler in the pipeline's words).
+
+    The sampler's settings are arguments of a call, so the pipeline does not store them.
+    """
+    sections = _detokenizer_sections(config)
+    root = _arguments(config.get("model", config))
+    if _arguments(sections["vae"])["ddconfig"]["ch_mult"][0] != 1:
+        raise CheckpointError("the VAE's first level must have the width of its first convolution (ch_mult[0] = 1)")
+    parts = {
+        "tokenizer": tokenizer_config(sections["tokenizer"]) if sections["tokenizer"] else {},
+        "unet": unet_config(sections["unet"]),
+        "vae": vae_config(sections["vae"]),
+        "resampler": resampler_config(sections["resampler"]),
+        "scheduler": scheduler_config(root) | {"timestep_spacing": root.get("timestep_spacing", "uniform")},
+        "processor": {"size": root.get("image_size", 256)},
+    }
+    size, frames = parts["processor"]["size"], parts["tokenizer"].get("num_frames", 5)
+    _expect(root, "de-tokenizer", num_frames=frames, channels=parts["unet"]["in_channels"])
+    if size % 8:
+        raise CheckpointError(f"the de-tokenizer configuration has image_size={size}, which does not divide by 8")
+    # The original passes its own `fs` (3 unless configured) to the U-Net, whose default is never used.
+    parts["unet"] |= {"sample_size": size // 8, "default_fs": root.get("fs", 3)}
+    parts["vae"]["scaling_factor"] = root.get("scale_factor", 0.18215)
+    sampling = {ours: root[name] for name, (ours, usual) in _SAMPLING.items() if root.get(name, usual) != usual}
+    return parts, sampling
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -401,37 +504,36 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
     if wants_pipeline != ("detokenizer" in files):
         needed = ", ".join(release.files)
         raise CheckpointError(f"the checkpoints do not make release {release.name}; it is made of {needed}")
-    processor = DivotVideoProcessor(**(release.processor if release is not None else {}))
+    parts, sampling = {}, {}
+    if original_config and wants_pipeline:
+        parts, sampling = _detokenizer_parts(original_config)
+    processor = DivotVideoProcessor(**(release.processor if release is not None else parts.get("processor", {})))
     if not wants_pipeline:
+        if original_config:
+            _check_keys(original_config, "tokenizer")
         model = _build_tokenizer(files, tokenizer_config(original_config) if original_config else {})
         model.save_pretrained(output)
         processor.save_pretrained(output)
     else:
-        sections = _detokenizer_sections(original_config) if original_config else None
-        tokenizer = _build_tokenizer(files, tokenizer_config(sections["tokenizer"]) if sections else {})
-        resampler = resampler_config(sections["resampler"]) if sections else {}
-        resampler["num_features"] = tokenizer.config.num_features
-        if sections and _arguments(sections["vae"])["ddconfig"]["ch_mult"][0] != 1:
-            raise CheckpointError("the VAE's first level must have the width of its first convolution (ch_mult[0] = 1)")
-        parts = {
-            "unet": unet_config(sections["unet"]) if sections else {},
-            "vae": vae_config(sections["vae"] if sections else None),
-        }
-        scheduler = {}
-        if original_config:
-            root = original_config.get("model", original_config)
-            scheduler = scheduler_config(root)
-            scheduler["timestep_spacing"] = _arguments(root).get("timestep_spacing", "uniform")
-        unet, vae, resampler = _build_detokenizer(files.pop("detokenizer"), resampler=resampler, **parts)
+        tokenizer = _build_tokenizer(files, parts.get("tokenizer", {}))
+        unet, vae, resampler = _build_detokenizer(
+            files.pop("detokenizer"),
+            resampler=parts.get("resampler", {}) | {"num_features": tokenizer.config.num_features},
+            unet=parts.get("unet", {}),
+            vae=parts.get("vae", vae_config()),
+        )
         DivotReconstructionPipeline(
             video_processor=processor,
             video_tokenizer=tokenizer,
             resampler=resampler,
             unet=unet,
             vae=vae,
-            scheduler=DivotDDIMScheduler(**scheduler),
+            scheduler=DivotDDIMScheduler(**parts.get("scheduler", {})),
         ).save_pretrained(output)
-    write_report(output, source=sorted(path.name for path in checkpoints), left_out=left_out)
+    if sampling:
+        settings = ", ".join(f"{name}={value}" for name, value in sampling.items())
+        warnings.warn(f"the sampler's settings are not stored; pass {settings} to the pipeline's call", stacklevel=2)
+    write_report(output, source=sorted(path.name for path in checkpoints), left_out=left_out, sampling=sampling)
     if release is not None:
         from ..model_cards import write_card
 
@@ -442,7 +544,9 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
 def _is_llm(release, original_config):
     if release is not None:
         return any(release.name == known.name for known in RELEASES_LLM)
-    return "model_type" in original_config or "llm" in original_config
+    return not {"model_type", "llm", "input_resampler", "output_resampler", "num_gmm_kernel"}.isdisjoint(
+        original_config
+    )
 
 
 # ---- manifests and cards -----------------------------------------------------------------------------------------

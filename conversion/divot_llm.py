@@ -4,6 +4,7 @@ A released model is a folder with a stock Mistral (`llm/`) and a file with the t
 authors' training code writes is one state dict with LoRA matrices under peft's names below `llm.`; it is merged here.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -120,6 +121,8 @@ def text_config(section):
     """The original's Mistral configuration (its `config.json`) -> arguments of `MistralConfig`."""
     if section.get("model_type", "mistral") != "mistral":
         raise CheckpointError(f"the language model is a {section['model_type']!r}; Divot-LLM is built on Mistral")
+    if section.get("rope_scaling") is not None:
+        raise CheckpointError(f"the language model has rope_scaling={section['rope_scaling']}; Divot-LLM's has none")
     if section.get("tie_word_embeddings", False):
         raise CheckpointError("the language model ties its embeddings; Divot-LLM has separate ones")
     result = {key: section[key] for key in _TEXT_KEYS if key in section}
@@ -131,23 +134,41 @@ def text_config(section):
     return result
 
 
+_AGENT_KEYS = {
+    "num_gmm_kernel", "num_frames", "lm_loss_scale", "gmm_loss_scale", "rec_loss_scale", "l1_loss_scale",
+    "freeze_input_resampler", "freeze_output_resampler", "pretrained_model_path", "_target_", "class",
+}  # fmt: skip
+_ROOT_KEYS = {"llm", "lora", "vocab_size", "var_scale", "input_resampler", "output_resampler"}
+
+
+def _is_agent(original):
+    return not {"input_resampler", "output_resampler", "num_gmm_kernel"}.isdisjoint(original)
+
+
 def llm_config(original):
     """The original configuration -> arguments of `DivotConfig` (without token ids).
 
     Args:
         original: a Mistral `config.json`, or a dictionary with the sections "llm" (the same), "output_resampler" or
             "input_resampler" (the projections) and "agent" (mixture and losses), and optionally "vocab_size" (after
-            tokens were added) and "lora".
+            tokens were added) and "lora"; or the authors' yaml of the agent, which has the projections, the mixture and
+            the losses at its root. The latter says nothing about the language model: "text_config" is then missing.
     """
-    if "llm" not in original:
+    if "llm" not in original and not _is_agent(original):
         return {"text_config": text_config(original)}
-    text = text_config(original["llm"])
-    text["vocab_size"] = original.get("vocab_size", text["vocab_size"])
-    result = {"text_config": text}
+    result = {}
+    if "llm" in original:
+        result["text_config"] = text_config(original["llm"])
+        result["text_config"]["vocab_size"] = original.get("vocab_size", original["llm"].get("vocab_size", 32000))
     if "input_resampler" in original:
         result["feature_dim"] = original["input_resampler"]["input_dim"]
         result["num_query_tokens"] = original["input_resampler"].get("num_queries", 64)
-    agent = original.get("agent", {})
+    agent = original if "agent" not in original and _is_agent(original) else original.get("agent", {})
+    unknown = sorted(set(agent) - (_AGENT_KEYS if agent is not original else _AGENT_KEYS | _ROOT_KEYS))
+    if unknown:
+        raise CheckpointError(f"the agent's configuration has unknown keys: {', '.join(unknown)}")
+    if used := [key for key in ("rec_loss_scale", "l1_loss_scale") if agent.get(key)]:
+        raise CheckpointError(f"the agent's configuration uses {' and '.join(used)}; Divot-LLM has no such loss")
     if "num_gmm_kernel" in agent:
         result["num_gmm_components"] = agent["num_gmm_kernel"]
     for key in ("lm_loss_scale", "gmm_loss_scale"):
@@ -294,6 +315,30 @@ def _find_tokenizer(paths):
     )
 
 
+def _find_text_config(paths):
+    """The `config.json` of the language model among or beside the checkpoints, or None."""
+    for path in paths:
+        folder = path if path.is_dir() else path.parent
+        for place in (folder, folder / "llm", folder.parent / "llm"):
+            if (place / "config.json").is_file():
+                stored = json.loads((place / "config.json").read_text(encoding="utf-8"))
+                if stored.get("model_type") == "mistral":
+                    return stored
+    return None
+
+
+def _agent_sizes(agent):
+    """Widths that the tensors of the projections tell, as arguments of `DivotConfig`."""
+    first, last = agent.get("input_resampler.proj.0.weight"), agent.get("output_resampler.proj.2.weight")
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
+        return {}  # loading tells what is missing
+    width = first.shape[1]
+    components, rest = divmod(len(last), 2 * width + 1)
+    if rest:
+        raise CheckpointError(f"an output projection of width {len(last)} is no mixture over features of width {width}")
+    return {"feature_dim": width, "num_gmm_components": components}
+
+
 def build_llm(llm, agent, config):
     """A `DivotForCausalLM` from tensors under the original names (cast to float32) and its arguments."""
     from ..modeling.divot.configuration_divot_llm import DivotConfig
@@ -355,6 +400,14 @@ def convert_llm(
     folder = Path(tokenizer) if tokenizer is not None else _find_tokenizer(checkpoints)
     llm, agent = _read_llm_files(checkpoints, alpha)
     config = llm_config(original_config) if original_config else {"text_config": MISTRAL_7B_DIVOT}
+    if "text_config" not in config:
+        stored = _find_text_config(checkpoints)
+        config["text_config"] = text_config(stored) if stored is not None else dict(MISTRAL_7B_DIVOT)
+        # Tokens that were added make the checkpoint's vocabulary larger than the stored one.
+        if "lm_head.weight" in llm:
+            config["text_config"]["vocab_size"] = len(llm["lm_head.weight"])
+    if original_config:
+        config = _agent_sizes(agent) | config
     processor = DivotProcessor(build_divot_tokenizer(folder), num_query_tokens=config.get("num_query_tokens", 64))
     size = config["text_config"]["vocab_size"]
     if len(processor.tokenizer) != size:

@@ -1,4 +1,4 @@
-"""Divot's tokenizer, de-tokenizer and reconstruction: recorded numbers, manifests, conversion, sampling, bad input."""
+"""Divot's tokenizer, de-tokenizer and reconstruction: recorded numbers, manifests, sampling, bad input."""
 
 import json
 import subprocess
@@ -10,18 +10,16 @@ import pytest
 import torch
 from card_snippets import run_card
 from conftest import SHARED
-from golden_kinds import GoldenCase, find_cases, load_runners, plain_file
+from golden_kinds import find_cases, load_runners
 from manifest_files import load as load_manifests
 from model_cases import divot as cases
 from PIL import Image
 from run_goldens import run_case
 from run_manifests import check_manifest
-from safetensors.torch import save_file
 
 import cinetok
-from cinetok import CheckpointError, DivotDDIMScheduler, DivotReconstructionPipeline, DivotUNet3DConditionModel
+from cinetok import DivotDDIMScheduler, DivotUNet3DConditionModel
 from cinetok.conversion import find_release
-from cinetok.conversion.divot_names import resampler_mapping, tokenizer_mapping, unet_mapping, vae_mapping
 from cinetok.model_cards import render_card
 from cinetok.modeling.divot.modeling_divot_tokenizer import resize_for_clip
 from cinetok.modeling.divot.unet_blocks_divot import ChannelsLastConv2d
@@ -600,124 +598,6 @@ def test_cards_run(tmp_path):
     printed = run_card("\n".join(texts), tmp_path)
     assert "torch.Size([3, 8, 12])" in printed
     assert len(cinetok.read_video(tmp_path / "reconstruction.mp4").frames) == 16
-
-
-# ---- conversion --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def golden_files(tmp_path):
-    """The committed de-tokenizer case as files in the original's names, and its configuration."""
-    case = GOLDENS / "detokenizer_ddim"
-    folder = tmp_path / "original"
-    folder.mkdir()
-    weights, tokenizer = (plain_file(case / name, folder) for name in ("weights.safetensors", "tokenizer.safetensors"))
-    return weights, tokenizer, json.loads((case / "config.json").read_text())
-
-
-def test_convert_detokenizer(golden_files, tmp_path):
-    weights, tokenizer, config = golden_files
-    config["kwargs"]["timestep_spacing"] = "uniform_trailing"
-    folder = cinetok.convert_checkpoint("divot", [weights, tokenizer], tmp_path / "out", original_config=config)
-    pipeline = DivotReconstructionPipeline.from_pretrained(folder)
-    assert pipeline.scheduler.config.timestep_spacing == "uniform_trailing"
-    assert pipeline.resampler.config.num_features == 64 and pipeline.unet.dtype == torch.float32
-    pipeline.set_progress_bar_config(disable=True)
-    case = GoldenCase(GOLDENS / "detokenizer_ddim")
-    with torch.no_grad():
-        context = pipeline.resampler(case.recorded["in.features"]).encoder_hidden_states
-        unconditional = pipeline.video_tokenizer.unconditional_features(config["kwargs"]["image_size"])
-    assert torch.allclose(context, case.recorded["out.context"], atol=1e-4)
-    assert torch.allclose(unconditional, case.recorded["out.uncond_features"], atol=1e-4)
-    frames = pipeline(cases.video(0), num_inference_steps=1, output_type="pt", clip_selection="first").frames
-    assert frames.shape[:2] == (1, 16)
-
-
-def test_convert_tokenizer_with_a_separate_clip_file(golden_files, tmp_path):
-    from safetensors.torch import load_file
-    from transformers import AutoModel, AutoVideoProcessor
-
-    _, tokenizer, config = golden_files
-    tensors = {name: value.float() for name, value in load_file(tokenizer).items()}
-    prefix = "vit_model.model."
-    clip = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    rest = {name: value.half() for name, value in tensors.items() if not name.startswith(prefix)}
-    torch.save(rest, tmp_path / "tokenizer.bin")
-    torch.save({"state_dict": clip}, tmp_path / "clip.bin")
-    files = [tmp_path / "tokenizer.bin", tmp_path / "clip.bin"]
-    folder = cinetok.convert_checkpoint("divot", files, tmp_path / "out", original_config=config["video_tokenizer"])
-    model, processor = AutoModel.from_pretrained(folder), AutoVideoProcessor.from_pretrained(folder)
-    assert isinstance(model, cinetok.DivotTokenizerModel) and isinstance(processor, cinetok.DivotVideoProcessor)
-    features = model(processor(cases.video(0)).pixel_values_videos).features
-    assert features.shape == (2, 64, 12)
-    back = tokenizer_mapping().from_hf(model.state_dict())
-    assert all(torch.equal(back[name], value.float()) for name, value in rest.items())
-
-    with pytest.raises(CheckpointError, match="does not hold its image encoder"):
-        cinetok.convert_checkpoint("divot", files[:1], tmp_path / "no", original_config=config["video_tokenizer"])
-    with pytest.raises(CheckpointError, match="Divot_tokenizer.bin"):
-        cinetok.convert_checkpoint("divot", files[1:], tmp_path / "no", original_config=config["video_tokenizer"])
-    with pytest.raises(CheckpointError, match="second tokenizer"):
-        cinetok.convert_checkpoint("divot", files[:1] * 2, tmp_path / "no", original_config=config["video_tokenizer"])
-    assert not (tmp_path / "no").exists()
-
-
-def test_convert_refuses_what_does_not_fit(golden_files, tmp_path):
-    from safetensors.torch import load_file
-
-    weights, tokenizer, config = golden_files
-    tensors = {name: value.float() for name, value in load_file(weights).items()}
-    out = tmp_path / "out"
-
-    def attempt(changed, match, config=config):
-        save_file(changed, tmp_path / "weights.safetensors")
-        with pytest.raises(CheckpointError, match=match):
-            cinetok.convert_checkpoint(
-                "divot", [tmp_path / "weights.safetensors", tokenizer], out, original_config=config
-            )
-        assert not out.exists()
-
-    missing = dict(tensors)
-    missing.pop("diffusion_model.out.2.bias")
-    attempt(missing, "1 missing: conv_out.bias")
-    attempt(tensors | {"diffusion_model.extra.weight": torch.zeros(1)}, "extra.weight")
-    attempt(tensors | {"other.weight": torch.zeros(1)}, "other.weight")
-    attempt(tensors | {"diffusion_model.out.2.bias": torch.zeros(5)}, "another shape: conv_out.bias")
-    attempt(tensors | {"diffusion_model.out.2.bias": torch.full((4,), float("nan"))}, "NaN")
-    wrong = json.loads(json.dumps(config))
-    wrong["diffusion_model"]["use_causal_attention"] = True
-    attempt(tensors, "use_causal_attention", wrong)
-    wrong = json.loads(json.dumps(config))
-    del wrong["image_proj_model"]["dim"]
-    attempt(tensors, "lacks 'dim'", wrong)
-    # Noise tables and DynamiCrafter's prefix are tolerated.
-    tolerated = {
-        (f"model.{name}" if name.startswith("diffusion_model.") else name): value for name, value in tensors.items()
-    }
-    tolerated |= {"betas": torch.zeros(1000), "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
-    save_file(tolerated, tmp_path / "weights.safetensors")
-    cinetok.convert_checkpoint("divot", [tmp_path / "weights.safetensors", tokenizer], out, original_config=config)
-    assert (out / "unet").is_dir()
-    assert json.loads((out / "conversion.json").read_text())["left_out"]["detokenizer"]["tensors"] == 3
-    with pytest.raises(CheckpointError, match="do not make release"):
-        cinetok.convert_checkpoint("divot", tokenizer, tmp_path / "x", release="divot_detokenizer_stage1")
-
-
-@pytest.mark.parametrize(
-    "module, mapping",
-    [
-        (cases.unet, lambda m: unet_mapping(m.config)),
-        (cases.resampler, lambda m: resampler_mapping()),
-        (cases.tokenizer, lambda m: tokenizer_mapping()),
-        (cases.vae, lambda m: vae_mapping(m.config)),
-    ],
-    ids=["unet", "resampler", "tokenizer", "vae"],
-)
-def test_names_there_and_back(module, mapping):
-    module = module()
-    table, ours = mapping(module), module.state_dict()
-    back = table.to_hf(table.from_hf(dict(ours)))
-    assert set(back) == set(ours) and all(torch.equal(back[name], ours[name]) for name in ours)
 
 
 def test_images_are_truncated_to_bytes():

@@ -158,6 +158,50 @@ def test_conversion_of_a_release(release_folder, tmp_path):
     assert DivotForCausalLM.from_pretrained(half).dtype == torch.bfloat16
 
 
+_AGENT = {
+    "_target_": "src.models_clm.models.ContinuousLVLM_Video_Comp_Gen.from_pretrained",
+    "input_resampler": {"num_queries": SIZE, "embed_dim": 32, "input_dim": DIM, "output_dim": 32},
+    "output_resampler": {"num_queries": SIZE, "embed_dim": DIM, "input_dim": 32, "output_dim": 75},
+    "num_frames": 5,
+    "num_gmm_kernel": 3,
+    "lm_loss_scale": 0.5,
+    "rec_loss_scale": 0.0,
+    "l1_loss_scale": 0.0,
+    "gmm_loss_scale": 1.0,
+}
+
+
+def test_conversion_with_the_authors_yaml_of_the_agent(release_folder, tmp_path):
+    """It does not describe the language model; that is read from `config.json` beside the weights."""
+    model, folder = release_folder
+    stored = _original_config(model)["llm"] | {"model_type": "mistral", "vocab_size": 7}
+    (folder / "llm" / "config.json").write_text(json.dumps(stored))
+    for i, checkpoints in enumerate(([folder], [folder / "llm", folder / "agent" / "pytorch_model.bin"])):
+        output = tmp_path / f"out{i}"
+        convert_checkpoint("divot", checkpoints, output, original_config=_AGENT)
+        loaded = DivotForCausalLM.from_pretrained(output).eval()
+        assert torch.equal(_outputs(loaded), _outputs(model)) and loaded.config.lm_loss_scale == 0.5
+    # Widths of the projections also follow from their tensors. (The number of features per clip does not.)
+    shorter = {key: value for key, value in _AGENT.items() if key != "num_gmm_kernel"}
+    convert_checkpoint("divot", folder, tmp_path / "shorter", original_config=shorter)
+    assert DivotForCausalLM.from_pretrained(tmp_path / "shorter").config.num_gmm_components == 3
+    for changed, match in (
+        ({"surprise": 1}, "unknown keys: surprise"),
+        ({"rec_loss_scale": 1.0}, "rec_loss_scale"),
+        ({"num_gmm_kernel": 5}, "of another shape"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            convert_checkpoint("divot", folder, tmp_path / "no", original_config=_AGENT | changed)
+    agent = torch.load(folder / "agent" / "pytorch_model.bin", weights_only=True)
+    agent["output_resampler.proj.2.weight"] = torch.zeros(74, 75)
+    torch.save(agent, folder / "agent" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no mixture"):
+        convert_checkpoint("divot", folder, tmp_path / "no", original_config=_AGENT)
+    (folder / "llm" / "config.json").write_text(json.dumps(stored | {"rope_scaling": {"factor": 2.0}}))
+    with pytest.raises(CheckpointError, match="rope_scaling"):
+        convert_checkpoint("divot", folder, tmp_path / "no", original_config=_AGENT)
+
+
 def test_conversion_of_a_training_output(release_folder, tmp_path):
     """peft's names with LoRA and trained norms, complete or with the frozen weights elsewhere."""
     model, folder = release_folder

@@ -35,21 +35,21 @@ class DivotPerceiverAttention(nn.Module):
 
 
 class DivotPerceiverFeedForward(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, ratio=4):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, 4 * dim, bias=False)
-        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+        self.fc1 = nn.Linear(dim, int(dim * ratio), bias=False)
+        self.fc2 = nn.Linear(int(dim * ratio), dim, bias=False)
 
     def forward(self, hidden_states):
         return self.fc2(F.gelu(self.fc1(self.norm(hidden_states))))
 
 
 class DivotPerceiverLayer(nn.Module):
-    def __init__(self, dim, num_heads, head_dim):
+    def __init__(self, dim, num_heads, head_dim, feed_forward_ratio=4):
         super().__init__()
         self.attention = DivotPerceiverAttention(dim, num_heads, head_dim)
-        self.feed_forward = DivotPerceiverFeedForward(dim)
+        self.feed_forward = DivotPerceiverFeedForward(dim, feed_forward_ratio)
 
     def forward(self, tokens, latents):
         latents = latents + self.attention(tokens, latents)
@@ -59,13 +59,26 @@ class DivotPerceiverLayer(nn.Module):
 class DivotPerceiverResampler(nn.Module):
     """(batch, num_tokens, input_dim) -> (batch, num_queries, output_dim), for any number of input tokens."""
 
-    def __init__(self, input_dim, dim, output_dim, num_queries, num_layers, num_heads, head_dim):
+    def __init__(
+        self,
+        input_dim,
+        dim,
+        output_dim,
+        num_queries,
+        num_layers,
+        num_heads,
+        head_dim,
+        feed_forward_ratio=4,
+        normalize_output=True,
+    ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, num_queries, dim) / dim**0.5)
         self.proj_in = nn.Linear(input_dim, dim)
-        self.layers = nn.ModuleList(DivotPerceiverLayer(dim, num_heads, head_dim) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            DivotPerceiverLayer(dim, num_heads, head_dim, feed_forward_ratio) for _ in range(num_layers)
+        )
         self.proj_out = nn.Linear(dim, output_dim)
-        self.norm_out = nn.LayerNorm(output_dim)
+        self.norm_out = nn.LayerNorm(output_dim) if normalize_output else nn.Identity()
         self.gradient_checkpointing = False
 
     def forward(self, tokens):
@@ -101,6 +114,8 @@ class DivotFeatureResampler(ModelMixin, ConfigMixin):
         num_queries: number of condition tokens.
         num_layers: perceiver layers.
         num_heads, head_dim: attention heads and their width.
+        feed_forward_ratio: width of the feed-forward layers, relative to `dim`.
+        normalize_output: layer norm of the result.
     """
 
     _supports_gradient_checkpointing = True
@@ -119,10 +134,20 @@ class DivotFeatureResampler(ModelMixin, ConfigMixin):
         num_layers: int = 6,
         num_heads: int = 16,
         head_dim: int = 64,
+        feed_forward_ratio: float = 4,
+        normalize_output: bool = True,
     ):
         super().__init__()
         self.perceiver = DivotPerceiverResampler(
-            feature_dim, dim, cross_attention_dim, num_queries, num_layers, num_heads, head_dim
+            feature_dim,
+            dim,
+            cross_attention_dim,
+            num_queries,
+            num_layers,
+            num_heads,
+            head_dim,
+            feed_forward_ratio,
+            normalize_output,
         )
 
     def forward(
