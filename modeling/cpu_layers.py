@@ -33,6 +33,8 @@ _PATCH_BYTES = 8 * 2**20
 _FALLING = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 # Weights of a convolution up to this size are handed to the kernels as a whole.
 _WEIGHT_BYTES = 32 * 2**20
+# Positions of feature maps that run together through layers that treat them independently.
+_SLAB_TOKENS = 3072
 # Elements of activations that are handled together where they can be split.
 _SLAB_ELEMENTS = 2**21
 # Elements of a feed-forward's wide activations that exist at a time.
@@ -44,6 +46,8 @@ _MIN_ROWS = 64
 _FALLING = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 # Weights of a convolution up to this size are handed to the kernels as a whole.
 _WEIGHT_BYTES = 32 * 2**20
+# Positions of feature maps that run together through layers that treat them independently.
+_SLAB_TOKENS = 3072
 # Elements of activations that are handled together where they can be split.
 _SLAB_ELEMENTS = 2**21
 # Elements of a feed-forward's wide activations that exist at a time.
@@ -188,6 +192,30 @@ def add(first, second, memory=None):
     if memory is None or torch.is_grad_enabled() or memory.dtype != torch.result_type(first, second):
         return first + second
     return torch.add(first, second, out=memory)
+
+
+def add_in_slabs(function, hidden_states, residual, dim, step=1):
+    """`residual + function(hidden_states, 0)`, in slabs whose activations stay in the caches of a CPU.
+
+    Args:
+        function: takes a slab and where it starts on axis `dim`; the result has the slab's shape, up to the channels.
+        hidden_states, residual: (batch, channels, ...).
+        dim: axis of which `function` treats every `step` neighbours independently of the others.
+    """
+    size = hidden_states.shape[dim]
+    if is_cpu_inference(hidden_states):
+        tokens = max(1, hidden_states.numel() // hidden_states.shape[1])
+        step = min(size, step * max(1, _SLAB_TOKENS * size // (step * tokens)))
+    else:
+        step = size
+    if step == size:
+        return residual + function(hidden_states, 0)
+    result = torch.empty_like(residual)
+    for start in range(0, size, step):
+        length = min(step, size - start)
+        slab = function(hidden_states.narrow(dim, start, length), start)
+        torch.add(residual.narrow(dim, start, length), slab, out=result.narrow(dim, start, length))
+    return result
 
 
 def gated_feed_forward(hidden_states, value, gate, out):

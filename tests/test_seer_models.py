@@ -86,7 +86,7 @@ def test_slabs_change_nothing(monkeypatch):
     unet, inputs = tiny.unet(), tiny.unet_inputs(2)
     with torch.no_grad():
         whole = unet(**inputs).sample
-        monkeypatch.setattr("cinetok.modeling.seer.unet_seer._SLAB_TOKENS", 1)
+        monkeypatch.setattr("cinetok.modeling.cpu_layers._SLAB_TOKENS", 1)
         monkeypatch.setattr("cinetok.modeling.cpu_layers._SLAB_ELEMENTS", 2**13)
         parts = unet(**inputs).sample
     assert torch.allclose(parts, whole, atol=1e-5)

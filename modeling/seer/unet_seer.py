@@ -19,7 +19,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from ..cpu_layers import activate_and_convolve, add, can_upsample_by_phases, conv2d, is_cpu_inference, upsample_conv2d
+from ..cpu_layers import activate_and_convolve, add, add_in_slabs, can_upsample_by_phases, conv2d, upsample_conv2d
 from ..outputs import VideoUNetOutput
 from .attention_seer import (
     SeerTemporalTransformerBlock,
@@ -27,9 +27,6 @@ from .attention_seer import (
     SeerWindowAttention,
     window_shape,
 )
-
-# Tokens that run through a transformer together on a CPU.
-_SLAB_TOKENS = 3072
 
 
 class InflatedConv2d(nn.Conv2d):
@@ -131,47 +128,26 @@ class SeerTransformer3DModel(nn.Module):
         if not self.is_temporal:
 
             def transform(part, start):
-                frames = slice(start, start + part.shape[2])
-                tokens = part.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
-                context = encoder_hidden_states[:, frames].flatten(0, 1)
+                part = self.proj_in(part).permute(0, 2, 3, 4, 1)
+                tokens = part.flatten(2, 3).flatten(0, 1)
+                context = encoder_hidden_states[:, start : start + part.shape[1]].flatten(0, 1)
                 for block in self.transformer_blocks:
                     tokens = block(tokens, context)
-                return tokens
+                return self.proj_out(tokens.view(part.shape).permute(0, 4, 1, 2, 3))
 
-            return self._in_slabs(transform, normed, hidden_states, dim=2, step=1)
+            return add_in_slabs(transform, normed, hidden_states, dim=2)
 
         window = window_shape(height, width, **self.window_rule)
         positions = torch.arange(hidden_states.shape[2:].numel(), device=hidden_states.device)
         positions = positions.view(hidden_states.shape[2:])
 
         def transform_in_time(part, start):
-            tokens = part.permute(0, 2, 3, 4, 1)
+            tokens = self.proj_in(part).permute(0, 2, 3, 4, 1)
             for block in self.transformer_blocks:
-                tokens = block(tokens, num_cond_frames, positions[:, start : start + part.shape[3]], window)
-            return tokens
+                tokens = block(tokens, num_cond_frames, positions[:, start : start + tokens.shape[2]], window)
+            return self.proj_out(tokens.permute(0, 4, 1, 2, 3))
 
-        return self._in_slabs(transform_in_time, normed, hidden_states, dim=3, step=window[0])
-
-    def _in_slabs(self, transform, normed, residual, dim, step):
-        """`residual` plus projected and transformed `normed`; on a CPU in slabs along an axis whose every `step` entries
-        are independent of the others: what the layers in between hand on then stays in the caches."""
-        size = normed.shape[dim]
-        if is_cpu_inference(normed):
-            tokens = normed.shape[2:].numel() * normed.shape[0]
-            step = min(size, step * max(1, _SLAB_TOKENS * size // (step * tokens)))
-        else:
-            step = size
-        results = None if step == size else torch.empty_like(residual)
-        for start in range(0, size, step):
-            part = self.proj_in(normed.narrow(dim, start, min(step, size - start)))
-            tokens = transform(part, start)
-            part = self.proj_out(tokens.reshape(part.permute(0, 2, 3, 4, 1).shape).permute(0, 4, 1, 2, 3))
-            if results is None:
-                return part + residual
-            kept = slice(start, start + part.shape[dim])
-            index = (slice(None),) * dim + (kept,)
-            torch.add(part, residual[index], out=results[index])
-        return results
+        return add_in_slabs(transform_in_time, normed, hidden_states, dim=3, step=window[0])
 
 
 class SeerDownsample(nn.Module):
