@@ -152,6 +152,18 @@ def test_visual_decode_refuses(visual, indices, message):
         visual.decode(torch.tensor(indices))
 
 
+def test_codes_and_generators_of_another_type_are_refused(visual, motion):
+    for indices in (torch.zeros(1, 6), torch.zeros(1, 6, dtype=torch.bool)):
+        with pytest.raises(TypeError, match="indices are whole numbers"):
+            motion.decode(indices)
+        for given in (indices, [indices[0]]):
+            with pytest.raises(TypeError, match="indices are whole numbers"):
+                visual.decode(given)
+    for generator in (5, [5]):
+        with pytest.raises(TypeError, match="generator must be a torch.Generator .* not int"):
+            visual.encode(torch.zeros(1, 3, 56, 56), generator=generator)
+
+
 def test_visual_encode_refuses(visual):
     for pixels in (torch.zeros(1, 3, 57, 56), torch.zeros(3, 56, 56), torch.zeros(1, 4, 3, 56, 56)):
         with pytest.raises(ValueError, match="pixel_values must be"):

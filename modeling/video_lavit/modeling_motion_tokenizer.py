@@ -242,12 +242,15 @@ class VideoLavitMotionTokenizer(PreTrainedModel):
             `to_raw_motion` makes what the video de-tokenizer takes.
 
         Raises:
+            TypeError: indices that are no whole numbers.
             ValueError: neither or both are given, another number of codes, or codes outside the codebook.
         """
         if (indices is None) == (quantized is None):
             raise ValueError("give exactly one of indices and quantized")
         grid = self.config.latent_shape
         if indices is not None:
+            if indices.is_floating_point() or indices.dtype == torch.bool:
+                raise TypeError(f"indices are whole numbers, got a tensor of {indices.dtype}")
             if indices.ndim < 2 or tuple(indices.shape[1:]) not in (grid, (self.config.num_tokens,)):
                 raise ValueError(
                     f"a clip has {self.config.num_tokens} motion codes, (batch, {self.config.num_tokens}) or (batch, "

@@ -390,8 +390,12 @@ class VideoLavitVisualTokenizer(PreTrainedModel):
             [`VideoLavitVisualDecoderOutput`].
 
         Raises:
+            TypeError: codes that are no whole numbers.
             ValueError: a code lies outside the codebook, stands behind a -1, or an image has none or too many.
         """
+        for row in [indices] if isinstance(indices, torch.Tensor) else indices:
+            if isinstance(row, torch.Tensor) and (row.is_floating_point() or row.dtype == torch.bool):
+                raise TypeError(f"indices are whole numbers, got a tensor of {row.dtype}")
         if isinstance(indices, (list, tuple)):
             tensors = [torch.as_tensor(row, dtype=torch.long, device=self.device) for row in indices]
             indices = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-1)
@@ -408,11 +412,28 @@ class VideoLavitVisualTokenizer(PreTrainedModel):
         return VideoLavitVisualDecoderOutput(features=features, num_tokens=num_tokens)
 
 
+def check_generator(generator, count, of):
+    """Raises unless `generator` is None, a `torch.Generator`, or a list with `count` of them (`of` names these).
+
+    Raises:
+        TypeError: something else, such as a seed.
+        ValueError: another number of generators.
+    """
+    several = isinstance(generator, (list, tuple))
+    if several and len(generator) != count:
+        raise ValueError(f"got {len(generator)} generators for {of}; give one, or one for each")
+    for one in generator if several else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, not {type(one).__name__}; "
+                "torch.Generator().manual_seed(seed) makes one of a seed"
+            )
+
+
 def sample_gumbel(like, generator=None):
     """Standard Gumbel noise with the shape and device of `like`; `generator` may be a list with one per row."""
+    check_generator(generator, len(like), f"a batch of {len(like)}")
     if isinstance(generator, (list, tuple)):
-        if len(generator) != len(like):
-            raise ValueError(f"got {len(generator)} generators for a batch of {len(like)}")
         return torch.cat([sample_gumbel(like[i : i + 1], g) for i, g in enumerate(generator)])
     device = like.device if generator is None else generator.device
     noise = torch.empty(like.shape, dtype=torch.float32, device=device).exponential_(generator=generator)
@@ -423,5 +444,6 @@ __all__ = [
     "VideoLavitVisualDecoderOutput",
     "VideoLavitVisualTokenizer",
     "VideoLavitVisualTokenizerOutput",
+    "check_generator",
     "sample_gumbel",
 ]
