@@ -103,7 +103,7 @@ def _divot(args, folder, is_picture):
         return _write_story(args, pipeline(args.prompt, max_clips=args.max_clips, **options), data)
     output = pipeline(args.prompt, kind="image" if is_picture else "video", **options)
     frames = output.frames[0]
-    generative.write_media(args.output, frames, output.fps)
+    generative.write_media(args.output, frames, output.fps, "truncate")
     data.update(num_frames=1 if is_picture else len(frames), fps=output.fps, text=output.texts[0])
     said = [f"model said: {output.texts[0]}"] if output.texts[0] else []
     return Result(data, "\n".join([_wrote(args, data), *said]))
@@ -148,13 +148,13 @@ def _write_story(args, output, data):
     data.update(fps=output.fps, captions=captions, ending=ending, num_frames=sum(len(clip.frames) for clip in clips))
     target = Path(args.output)
     if target.suffix:
-        write_video(target, (to_bytes(clip.frames) for clip in clips), output.fps)
+        write_video(target, (to_bytes(clip.frames, "truncate") for clip in clips), output.fps)
     else:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.absolute().parent))
         try:
             data["clips"] = [f"clip_{i:02d}.mp4" for i in range(len(clips))]
             for name, clip in zip(data["clips"], clips):
-                write_video(temporary / name, to_bytes(clip.frames), output.fps)
+                write_video(temporary / name, to_bytes(clip.frames, "truncate"), output.fps)
             story = {name: data[name] for name in ("prompt", "captions", "ending", "clips", "fps")}
             (temporary / "story.json").write_text(json.dumps(story, indent=2) + "\n", encoding="utf-8")
             temporary.chmod(0o755)

@@ -20,9 +20,10 @@ def _options(args):
     return options
 
 
-def to_bytes(frames):
-    """Array (num_frames, height, width, 3) in [0, 1] -> uint8."""
-    return np.round(np.asarray(frames) * 255).astype(np.uint8)
+def to_bytes(frames, rounding="nearest"):
+    """Array (num_frames, height, width, 3) in [0, 1] -> uint8. The originals differ: Divot's truncates ("truncate")."""
+    scaled = np.asarray(frames) * 255
+    return (np.round(scaled) if rounding == "nearest" else scaled).astype(np.uint8)
 
 
 def reconstruct(args, folder):
@@ -35,7 +36,7 @@ def reconstruct(args, folder):
     start = 0.0
     if folder.kind.system == "divot":
         output = pipeline(args.video, **_options(args))
-        frames, fps = to_bytes(output.frames[0]), output.fps
+        frames, fps = to_bytes(output.frames[0], "truncate"), output.fps
     else:
         motion = pipeline._motion_processor().read(args.video)
         clip = pipeline._motion_processor().clip_for_reconstruction(motion, 1, 1)
@@ -166,17 +167,18 @@ def detokenize(args, folder):
             for codes, motion in zip(visual, tensors["motion_indices"])
         ]
     fps = args.fps or facts["fps"]
-    write_video(args.output, (to_bytes(clip) for clip in frames), fps)
+    rounding = "truncate" if folder.kind.system == "divot" else "nearest"
+    write_video(args.output, (to_bytes(clip, rounding) for clip in frames), fps)
     return {"num_frames": sum(len(clip) for clip in frames), "fps": fps}
 
 
-def write_media(path, frames, fps):
+def write_media(path, frames, fps, rounding="nearest"):
     """Writes generated frames (num_frames, height, width, 3) in [0, 1]; a picture for a picture's suffix."""
     from pathlib import Path
 
     from ..video import write_video
 
-    frames = to_bytes(frames)
+    frames = to_bytes(frames, rounding)
     if Path(path).suffix.lower() in common.PICTURES[:3]:
         return save_picture(path, frames[0])
     return write_video(path, frames, fps)

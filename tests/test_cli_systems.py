@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from model_cases import divot, divot_llm, seer, video_lavit, video_lavit_llm
 from model_cases import reconstruction as cases
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import fails, names, ok, run  # noqa: F401 (fixtures)
 
-from cinetok import read_video, write_video
+from cinetok import DivotReconstructionPipeline, read_video, write_video
 
 FPS = 8
 
@@ -72,6 +73,14 @@ def test_divot_reconstruct(ok, fails, folder, detokenizer, tmp_path):  # noqa: F
         "reconstruct", folder / "a.mp4", "-o", tmp_path / "x.mp4", "--fps", 4, *options
     )
     assert "-o" in fails("reconstruct", folder / "a.mp4", *options)
+    # Bytes as the pipeline's own images, which are truncated like the original's.
+    ok("reconstruct", folder / "a.mp4", "-o", tmp_path.parent / "only3", "--only", "--seed", 3, *options)
+    pipeline = DivotReconstructionPipeline.from_pretrained(detokenizer)
+    sampling = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(3)}
+    images = pipeline(folder / "a.mp4", **sampling).frames[0]
+    np.testing.assert_array_equal(
+        read_video(tmp_path.parent / "only3").frames, np.stack([np.asarray(i) for i in images])
+    )
     assert names(tmp_path) == ["both", "only", "other"]
 
 
