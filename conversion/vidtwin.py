@@ -185,44 +185,71 @@ def manifest_parts(stem, manifest):
 # -------------------------------------------------------------------------------------------- original configurations
 
 _MODEL_CLASS = "VidAutoEncoderQformerCompactSymVidVAE"
-_REQUIRED_TRUNK_KEYS = {"in_channels", "input_size", "patch_size", "hidden_size", "depth", "num_heads"}
-_TRUNK_KEYS = {*_REQUIRED_TRUNK_KEYS, "mlp_ratio", "temporal_casual", "enable_flashattn"}
-_QFORMER_KEYS = {
-    "num_query_tokens", "query_hidden_size", "encoder_hidden_size", "num_hidden_layers", "intermediate_size",
-    "num_attention_heads",
+# Required keys, in the original too; its classes have defaults for all others, which are not those of the release.
+_REQUIRED_TRUNK_KEYS = {"input_size", "patch_size", "hidden_size"}
+_REQUIRED_QFORMER_KEYS = {"num_query_tokens", "query_hidden_size"}
+_TRUNK_DEFAULTS = {"in_channels": 3, "depth": 12, "mlp_ratio": 4.0, "temporal_casual": True, "enable_flashattn": True}
+_ENCODER_DEFAULTS = {**_TRUNK_DEFAULTS, "num_heads": 8}
+_DECODER_DEFAULTS = {**_TRUNK_DEFAULTS, "num_heads": 16}
+_QFORMER_DEFAULTS = {
+    "encoder_hidden_size": 768, "num_hidden_layers": 6, "intermediate_size": 768, "num_attention_heads": 8,
 }  # fmt: skip
-_MODEL_KEYS = {
-    "encoder_config", "decoder_config", "temporal_qformer_config", "regularizer_config", "expect_ch", "cont_num_blocks",
-    "downsample_motion", "motion_num_blocks", "d_dim", "init_ch",
-    # how it was trained or is run, not what it is
+_MODEL_DEFAULTS = {
+    "expect_ch": 4, "init_ch": 128, "cont_num_blocks": 2, "d_dim": 16, "downsample_motion": False,
+    "motion_num_blocks": 2,
+}  # fmt: skip
+# Options that are supported at the value that leaves the model as it is.
+_NEUTRAL_TRUNK = {
+    "space_scale": 1, "time_scale": 1, "no_temporal": False, "pred_sigma": False, "temporal_group": False,
+}  # fmt: skip
+_NEUTRAL_MODEL = {"shuffle_content": False}
+# Without influence on what the weights compute: training alone, other implementations, or never read by the original.
+_INERT_TRUNK_KEYS = {"drop_path", "freeze", "enable_layernorm_kernel", "no_temporal_pos_emb", "group_size"}
+_INERT_MODEL_KEYS = {
     "loss_config", "optimizer_config", "lr_scheduler_config", "lr_scheduler_config_d", "lr_scheduler_config_g",
     "base_learning_rate", "monitor", "mode", "input_key", "ckpt_path", "ckpt_path2", "ignore_keys", "verbose",
-    "ema_decay", "lr_g_factor", "compile_model",
+    "ema_decay", "lr_g_factor", "compile_model", "weight_decay", "trainable_ae_params", "trainable_disc_params",
+    "ae_optimizer_args", "disc_optimizer_args", "partial_content_motion", "temporal_down_dim",
 }  # fmt: skip
+_MODEL_SECTIONS = {"encoder_config", "decoder_config", "temporal_qformer_config", "regularizer_config"}
 
 
 def _problem(text):
     return CheckpointError(f"original configuration: {text}")
 
 
-def _params(parent, key, known):
+def _params(parent, key, required, defaults, neutral=(), inert=()):
+    """`params` of a section, with the original's defaults for what is left out and without what has no influence."""
     section = parent.get(key)
     params = section.get("params", {}) if isinstance(section, Mapping) else None
     if not isinstance(params, Mapping):
         raise _problem(f"model.params.{key} with `params` is missing")
-    if unknown := sorted(set(params) - known):
-        raise _problem(f"{key}: unknown keys {', '.join(unknown)}; known ones are {', '.join(sorted(known))}")
-    return dict(params)
+    if missing := sorted(required - set(params)):
+        raise _problem(f"{key}: missing keys {', '.join(missing)}")
+    return _with_defaults(key, params, required, defaults, neutral, inert)
+
+
+def _with_defaults(what, params, required, defaults, neutral, inert):
+    known = {*required, *defaults}
+    if unknown := sorted(set(params) - known - set(neutral) - set(inert)):
+        raise _problem(f"{what}: unknown keys {', '.join(unknown)}; known ones are {', '.join(sorted(known))}")
+    for name in neutral:
+        if params.get(name, neutral[name]) != neutral[name]:
+            raise _problem(f"{what}: {name} is {params[name]!r}; only {neutral[name]!r} is supported")
+    return {**defaults, **{name: value for name, value in params.items() if name in known}}
 
 
 def config_from_original(original):
     """The authors' configuration (their yaml, or its `model` section) -> `VidTwinConfig`.
 
+    What the configuration leaves out is what the original class makes of it, not what the release has. Options that do
+    not change what the weights compute are accepted and dropped.
+
     Whether latents are sampled (`regularizer_config.params.sample`) is not part of our configuration: `encode` and the
     model take it as an argument, and training always samples.
 
     Raises:
-        CheckpointError: sections or keys that are missing, unknown or contradictory.
+        CheckpointError: sections or keys that are missing, unknown or contradictory; options that are not supported.
     """
     model = original.get("model", original)
     if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
@@ -230,30 +257,28 @@ def config_from_original(original):
     target, params = str(model.get("target", "")), model["params"]
     if target.split(".")[-1] != _MODEL_CLASS:
         raise _problem(f"model.target is {target!r}; only {_MODEL_CLASS} is supported, the class of the release")
-    if unknown := sorted(set(params) - _MODEL_KEYS):
-        raise _problem(f"model.params: unknown keys {', '.join(unknown)}")
+    options = _with_defaults(
+        "model.params", params, _MODEL_SECTIONS, _MODEL_DEFAULTS, _NEUTRAL_MODEL, _INERT_MODEL_KEYS
+    )
     regularizer = params.get("regularizer_config")
     kind = str(regularizer.get("target", "")) if isinstance(regularizer, Mapping) else "missing"
     if kind.split(".")[-1] != "DiagonalGaussianRegularizer":
         raise _problem(f"regularizer_config is {kind}; only DiagonalGaussianRegularizer is supported")
 
-    encoder = _params(params, "encoder_config", _TRUNK_KEYS)
-    decoder = _params(params, "decoder_config", _TRUNK_KEYS)
-    qformer = _params(params, "temporal_qformer_config", _QFORMER_KEYS)
+    trunk_keys = _NEUTRAL_TRUNK, _INERT_TRUNK_KEYS
+    encoder = _params(params, "encoder_config", _REQUIRED_TRUNK_KEYS, _ENCODER_DEFAULTS, *trunk_keys)
+    decoder = _params(params, "decoder_config", _REQUIRED_TRUNK_KEYS, _DECODER_DEFAULTS, *trunk_keys)
+    qformer = _params(params, "temporal_qformer_config", _REQUIRED_QFORMER_KEYS, _QFORMER_DEFAULTS)
     for name, trunk in (("encoder_config", encoder), ("decoder_config", decoder)):
-        if missing := sorted(
-            {"in_channels", "input_size", "patch_size", "hidden_size", "depth", "num_heads"} - set(trunk)
-        ):
-            raise _problem(f"{name}: missing keys {', '.join(missing)}")
         # Without flash attention the original ignores the causal flag, so it does not say what the weights expect.
-        if trunk.get("temporal_casual", True) and not trunk.get("enable_flashattn", True):
+        if trunk["temporal_casual"] and not trunk["enable_flashattn"]:
             raise _problem(
                 f"{name} asks for causal attention and switches flash attention off, which makes the original ignore "
                 "the former; remove enable_flashattn and set temporal_casual to what the weights were trained with"
             )
 
-    def both(key, *default):
-        values = [trunk.get(key, *default) for trunk in (encoder, decoder)]
+    def both(key):
+        values = [trunk[key] for trunk in (encoder, decoder)]
         if values[0] != values[1]:
             raise _problem(f"{key} is {values[0]!r} in the encoder, {values[1]!r} in the decoder")
         return values[0]
@@ -267,7 +292,7 @@ def config_from_original(original):
     if patch_frames != 1:
         raise _problem(f"patches span {patch_frames} frames; only 1 is supported")
     hidden_size = both("hidden_size")
-    if qformer.get("encoder_hidden_size", hidden_size) != hidden_size:
+    if qformer["encoder_hidden_size"] != hidden_size:
         raise _problem(
             f"the Q-Former's encoder_hidden_size {qformer['encoder_hidden_size']} is not the trunk's hidden_size "
             f"{hidden_size}"
@@ -283,25 +308,21 @@ def config_from_original(original):
         "num_decoder_layers": decoder["depth"],
         "num_encoder_attention_heads": encoder["num_heads"],
         "num_decoder_attention_heads": decoder["num_heads"],
-        "mlp_ratio": both("mlp_ratio", 4.0),
-        "temporal_causal": both("temporal_casual", True),
+        "mlp_ratio": both("mlp_ratio"),
+        "temporal_causal": both("temporal_casual"),
+        "num_query_tokens": qformer["num_query_tokens"],
+        "query_hidden_size": qformer["query_hidden_size"],
+        "num_query_layers": qformer["num_hidden_layers"],
+        "num_query_attention_heads": qformer["num_attention_heads"],
+        "query_intermediate_size": qformer["intermediate_size"],
+        "structure_channels": options["expect_ch"],
+        "structure_base_channels": options["init_ch"],
+        "cont_num_blocks": options["cont_num_blocks"],
+        "dynamics_channels": options["d_dim"],
+        "downsample_motion": options["downsample_motion"],
+        "motion_num_blocks": options["motion_num_blocks"],
         "kl_loss_weight": _kl_loss_weight(params),
     }
-    # What a configuration leaves out has the same default in the original and in VidTwinConfig.
-    renamed = {
-        "num_query_tokens": (qformer, "num_query_tokens"),
-        "query_hidden_size": (qformer, "query_hidden_size"),
-        "num_query_layers": (qformer, "num_hidden_layers"),
-        "num_query_attention_heads": (qformer, "num_attention_heads"),
-        "query_intermediate_size": (qformer, "intermediate_size"),
-        "structure_channels": (params, "expect_ch"),
-        "structure_base_channels": (params, "init_ch"),
-        "cont_num_blocks": (params, "cont_num_blocks"),
-        "dynamics_channels": (params, "d_dim"),
-        "downsample_motion": (params, "downsample_motion"),
-        "motion_num_blocks": (params, "motion_num_blocks"),
-    }
-    arguments.update({name: section[key] for name, (section, key) in renamed.items() if key in section})
     try:
         return make_config(arguments)
     except Exception as error:  # @strict has its own error classes for wrong types

@@ -568,21 +568,99 @@ def test_the_wrong_release_is_refused(tmp_path):
     ("path", "value", "message"),
     [
         ("encoder_config", None, "model.params.encoder_config with `params` is missing"),
-        ("encoder_config.params.depth", None, "encoder_config: missing keys depth"),
+        ("encoder_config.params.hidden_size", None, "encoder_config: missing keys hidden_size"),
+        ("decoder_config.params.input_size", None, "decoder_config: missing keys input_size"),
+        ("temporal_qformer_config.params.num_query_tokens", None, "missing keys num_query_tokens"),
+        ("temporal_qformer_config.params.query_hidden_size", None, "missing keys query_hidden_size"),
+        ("temporal_qformer_config.params.encoder_hidden_size", None, "encoder_hidden_size 768 is not the trunk's"),
         ("encoder_config.params.dropuot", 0.1, "encoder_config: unknown keys dropuot"),
         ("temporal_qformer_config.params.heads", 2, "temporal_qformer_config: unknown keys heads"),
-        ("shuffle_content", True, "unknown keys shuffle_content"),
+        ("shuffle_contents", True, "model.params: unknown keys shuffle_contents"),
+        ("shuffle_content", True, "model.params: shuffle_content is True; only False is supported"),
+        ("encoder_config.params.space_scale", 2.0, "encoder_config: space_scale is 2.0; only 1 is supported"),
+        ("decoder_config.params.time_scale", 0.5, "decoder_config: time_scale is 0.5; only 1 is supported"),
+        ("decoder_config.params.no_temporal", True, "no_temporal is True; only False is supported"),
+        ("decoder_config.params.pred_sigma", True, "pred_sigma is True; only False is supported"),
+        ("encoder_config.params.temporal_group", True, "temporal_group is True; only False is supported"),
         ("decoder_config.params.hidden_size", 64, "hidden_size is 32 in the encoder, 64 in the decoder"),
         ("temporal_qformer_config.params.encoder_hidden_size", 16, "is not the trunk's hidden_size"),
         ("encoder_config.params.enable_flashattn", False, "switches flash attention off"),
         ("regularizer_config.target", "vidtok.modules.regularizers.FSQRegularizer", "only DiagonalGaussianRegularizer"),
         ("expect_ch", "3", "structure_channels"),
-        ("motion_num_blocks", 0, "motion_num_blocks of at least 1"),
+        ("motion_num_blocks", -1, "motion_num_blocks must not be negative"),
     ],
 )
 def test_bad_original_configurations(path, value, message):
     with pytest.raises(CheckpointError, match=message):
         config_from_original(_edit(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "default"),
+    [
+        ("expect_ch", "structure_channels", 4),
+        ("init_ch", "structure_base_channels", 128),
+        ("cont_num_blocks", "cont_num_blocks", 2),
+        ("d_dim", "dynamics_channels", 16),
+        ("motion_num_blocks", "motion_num_blocks", 2),
+        ("downsample_motion", "downsample_motion", False),
+        ("encoder_config.params.depth", "num_encoder_layers", 12),
+        ("decoder_config.params.depth", "num_decoder_layers", 12),
+        ("encoder_config.params.num_heads", "num_encoder_attention_heads", 8),
+        ("decoder_config.params.num_heads", "num_decoder_attention_heads", 16),
+        ("temporal_qformer_config.params.num_hidden_layers", "num_query_layers", 6),
+        ("temporal_qformer_config.params.intermediate_size", "query_intermediate_size", 768),
+        ("temporal_qformer_config.params.num_attention_heads", "num_query_attention_heads", 8),
+    ],
+)
+def test_what_a_configuration_leaves_out_is_the_original_default(path, field, default):
+    assert getattr(config_from_original(_edit(path, None)), field) == default
+
+
+def test_defaults_both_trunks_share():
+    source = original_config(cases.TINY)
+    for side in ("encoder_config", "decoder_config"):
+        for key in ("in_channels", "temporal_casual"):
+            del source["model"]["params"][side]["params"][key]
+    config = config_from_original(source)
+    assert (config.num_channels, config.mlp_ratio, config.temporal_causal) == (3, 4.0, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((f"encoder_config.params.{key}", value) for key, value in {
+            "drop_path": 0.1, "freeze": "not_temporal", "enable_layernorm_kernel": True, "no_temporal_pos_emb": True,
+            "space_scale": 1.0, "time_scale": 1, "no_temporal": False, "pred_sigma": False, "temporal_group": False,
+            "group_size": 4,
+        }.items()),
+        *((key, value) for key, value in {
+            "partial_content_motion": "content", "temporal_down_dim": 16, "weight_decay": 0.1,
+            "trainable_ae_params": [["a"]], "trainable_disc_params": [["b"]], "ae_optimizer_args": [{}],
+            "disc_optimizer_args": [{}], "shuffle_content": False,
+        }.items()),
+    ],
+)  # fmt: skip
+def test_options_without_influence_on_the_weights_are_accepted(path, value):
+    expected = config_from_original(original_config(cases.TINY)).to_dict()
+    assert config_from_original(_edit(path, value)).to_dict() == expected
+
+
+@torch.no_grad()
+def test_dynamics_of_full_length_through_the_layers_that_restore_it(tmp_path):
+    # motion_num_blocks=0 with downsample_motion: no convolution, but `up_motion` all the same, as in the original
+    arguments = {**cases.TINY, "motion_num_blocks": 0}
+    path, model = _checkpoint(tmp_path, arguments)
+    assert model.config.downsample_motion and model.config.dynamics_grid_size == model.config.grid_size
+    assert len(model.downsample_motion_module) == 0 and "up_motion.0.weight" in model.state_dict()
+    video = cases.video(1, model.config)
+    latents = model.encode(video)
+    assert latents.dynamics_x.shape[1:] == model.config.latent_shapes.dynamics_x
+    output = model.decode(**_latents(latents)).reconstruction
+    model.up_motion[0].bias.add_(1)
+    assert (model.decode(**_latents(latents)).reconstruction - output).abs().max() > 1e-4
+    folder = convert_checkpoint("vidtwin", path, tmp_path / "out", original_config=original_config(arguments))
+    torch.testing.assert_close(AutoModel.from_pretrained(folder).eval()(video).reconstruction, output)
 
 
 def test_other_bad_original_configurations():

@@ -47,7 +47,8 @@ class VidTwinConfig(PreTrainedConfig):
         dynamics_channels (`int`, defaults to 8): channels of the dynamics latents.
         downsample_motion (`bool`, defaults to `True`): whether the dynamics' space axes are shortened. One linear layer
             serves both, so the token grid must be square then.
-        motion_num_blocks (`int`, defaults to 1): times they are halved (rounding up) if `downsample_motion`.
+        motion_num_blocks (`int`, defaults to 1): times they are halved (rounding up) if `downsample_motion`; with 0 the
+            dynamics keep their length but still pass the layers that would restore it.
         kl_loss_weight (`float`, defaults to 0.001): weight of the KL term in the loss.
 
     Raises:
@@ -154,11 +155,8 @@ class VidTwinConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.cont_num_blocks < 0:
             raise ValueError(f"cont_num_blocks must not be negative, got {self.cont_num_blocks}")
-        if self.downsample_motion and self.motion_num_blocks < 1:
-            raise ValueError(
-                f"downsample_motion needs motion_num_blocks of at least 1, got {self.motion_num_blocks}; set "
-                "downsample_motion=False to keep the full length"
-            )
+        if self.downsample_motion and self.motion_num_blocks < 0:
+            raise ValueError(f"motion_num_blocks must not be negative, got {self.motion_num_blocks}")
         if self.kl_loss_weight < 0:
             raise ValueError(f"kl_loss_weight must not be negative, got {self.kl_loss_weight}")
 
