@@ -9,7 +9,7 @@ from model_cases import video_lavit_llm as tiny
 from PIL import Image
 from python_process import run_python
 from torch.nn.utils.rnn import pad_sequence
-from video_lavit_llm_runs import BOI, BOM, EOI, IMAGE, VIDEO, call, video_file_fixture, writer_fixture  # noqa: F401
+from video_lavit_llm_runs import BOI, BOM, EOI, IMAGE, VIDEO, VISUAL, call, video_file_fixture, writer_fixture  # noqa: F401
 
 from cinetok import VideoLavitPipeline, VideoLavitProcessor, VideoLavitUnderstandingPipeline
 from cinetok.modeling.video_lavit.processing_video_lavit import StopAtLiteral
@@ -206,6 +206,19 @@ def test_text_to_image(pipeline):
     assert (with_image.images - other_image.images).abs().max() > 1e-3
 
 
+def test_only_a_video_s_prompt_has_marks_around_its_images(pipeline):
+    prompt = pipeline.processor.encode_prompt("a red ball rolls")
+    for modality in ("image", "video"):
+        ids = call(pipeline, modality=modality, image=tiny.picture()).token_ids[0].tolist()
+        assert ids[: len(prompt)] == prompt
+        written = ids[len(prompt) :]
+        if modality == "video":
+            assert written[0] == BOI and written[written.index(EOI) + 1] == BOM
+        else:  # bare codes, then the mark that opens the image to write
+            codes = written[: written.index(BOI)]
+            assert codes and all(VISUAL <= token < BOM for token in codes)
+
+
 def test_image_to_video_uses_the_image_as_key_frame(pipeline):
     image = tiny.picture(size=(24, 16))
     output = call(pipeline, image=image)
@@ -274,9 +287,11 @@ def test_bad_inputs_of_the_pipeline_raise(pipeline, tmp_path):
         ({"keyframe_width": 18}, ValueError, "multiples"),
         ({"inverse_rate": 1.0}, ValueError, "inverse_rate"),
         ({"generator": [torch.Generator()] * 3}, ValueError, "3 generators"),
+        ({"generator": 5}, TypeError, "torch.Generator or a list of them, not int"),
         ({"image": [image, image]}, ValueError, "2 images for 1"),
         ({"prompt": ["a", ["b", image]]}, ValueError, "or none"),
         ({"use_text_to_image": True}, ValueError, "component text_to_image"),
+        ({"use_text_to_image": True, "modality": "image"}, ValueError, "call that pipeline itself"),
         ({"image": str(tmp_path / "none.png")}, ValueError, "not a readable image"),
         ({"image": torch.zeros(8, 3, 16, 16)}, ValueError, "image tensor"),
         ({"negative_prompt": ["a", "b"]}, ValueError, "2 negative"),
@@ -359,5 +374,7 @@ def test_bad_inputs_of_the_understanding_pipeline_raise(answering, processor, wr
             answering(**{"question": "a", **options})
     with pytest.raises(TypeError, match="video file"):
         answering("a", video=tiny.picture())
+    with pytest.raises(TypeError, match="not int"):
+        answering("a", generator=5)
     with pytest.raises(ValueError, match="no tokenizers"):
         VideoLavitUnderstandingPipeline(model=writer, processor=processor)("a")

@@ -484,6 +484,39 @@ def test_output_types_and_callback(pipeline):
     assert images.images.shape == (2, 16, 24, 3)
 
 
+def test_guidance_by_default_is_that_of_the_kind_of_motion(pipeline):
+    def run(inputs, **changes):
+        return pipeline(**{**inputs(1), "num_inference_steps": 1, "keyframe_num_inference_steps": 1, **changes}).frames
+
+    for inputs, guidance in ((cases.raw_inputs, 3.0), (cases.token_inputs, 4.0)):
+        assert torch.equal(run(inputs), run(inputs, guidance_scale=guidance))
+        assert not torch.equal(run(inputs), run(inputs, guidance_scale=7.0 - guidance))
+    maps = {"motion": cases.rows((2, 24, 4, 8), 1), "quantize_motion": True}
+    assert torch.equal(run(cases.raw_inputs, **maps), run(cases.raw_inputs, **maps, guidance_scale=4.0))
+
+
+def test_processors_follow_the_tokenizers_where_there_are_none(clip):
+    parts = {**cases.components(images=False), "image_processor": None, "motion_processor": None}
+    whole = VideoLavitReconstructionPipeline(**cases.components(images=False))
+    bare = VideoLavitReconstructionPipeline(**parts)
+    tokens, expected = (one.tokenize(clip, generator=torch.Generator().manual_seed(0)) for one in (bare, whole))
+    assert torch.equal(tokens.motion_indices, expected.motion_indices)
+    assert all(torch.equal(a, b) for a, b in zip(tokens.visual_indices, expected.visual_indices))
+
+
+def test_half_precision_vaes_run_in_float32_without_a_word(caplog):
+    import diffusers
+
+    vae = cases.tiny("vae", {**cases.VAE, "force_upcast": True}).half()
+    diffusers.logging.enable_propagation()
+    try:
+        with torch.no_grad(), caplog.at_level("WARNING"):
+            frames = detokenizing.decode_video(vae, cases.rows((2, 4, 4, 6), 1).half())
+    finally:
+        diffusers.logging.disable_propagation()
+    assert frames.dtype == torch.float32 and vae.dtype == torch.float16 and not caplog.records
+
+
 def test_given_noise_replaces_the_draws(pipeline):
     inputs = cases.raw_inputs(1)
     generator = torch.Generator().manual_seed(0)
@@ -515,10 +548,12 @@ def test_given_noise_replaces_the_draws(pipeline):
         ({"motion": None, "motion_indices": torch.full((1, 6), 48388)}, "code indices must lie in 0..31"),
         ({"latents": torch.zeros(1, 4, 4, 8, 12)}, "latents must be"),
         ({"output_type": "gif"}, "output_type must be one of"),
+        ({"generator": 5}, "generator must be a torch.Generator .* not int"),
+        ({"generator": cases.generators(2)}, "2 generators for 1 clips"),
     ],
 )
 def test_pipeline_refuses(pipeline, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if change.get("generator") == 5 else ValueError, match=message):
         pipeline(**{**cases.raw_inputs(1), **change})
 
 

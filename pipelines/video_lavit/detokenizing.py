@@ -38,13 +38,14 @@ def vae_scale_factor(vae):
 def _decodable(vae):
     """Runs the VAE in float32 where its weights are float16 and its config says that overflows."""
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    # torch's own cast: diffusers' warns every time, about modules to keep in float32 of which a VAE has none.
     if upcast:
-        vae.to(torch.float32)
+        torch.nn.Module.to(vae, torch.float32)
     try:
         yield vae
     finally:
         if upcast:
-            vae.to(torch.float16)
+            torch.nn.Module.to(vae, torch.float16)
 
 
 # ------------------------------------------------------------------------------------------------ visual codes -> image

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ...modeling.video_lavit.generation_video_lavit import motion_codes, visual_codes
 from ...modeling.video_lavit.image_processing_video_lavit import to_pil
+from ...modeling.video_lavit.modeling_visual_tokenizer import check_generator
 from .detokenizing import (
     check_picture_size,
     decode_keyframes,
@@ -143,12 +144,15 @@ class VideoLavitPipeline(DiffusionPipeline):
         if modality == "video":
             levels = len(self.unet.config.block_out_channels) - 1
             check_picture_size(height, width, vae_scale_factor(self.vae) * 2**levels)
-        if isinstance(generator, (list, tuple)) and len(generator) != len(samples):
-            raise ValueError(f"{len(generator)} generators for {len(samples)} prompts")
+        check_generator(generator, len(samples), f"{len(samples)} prompts")
         with_image = [any(not isinstance(part, str) for part in parts) for parts in samples]
         if modality == "video" and any(with_image) != all(with_image):
             raise ValueError("either all prompts of a batch hold an image (the first key frame) or none")
         if use_text_to_image:
+            if modality == "image":
+                raise ValueError(
+                    "use_text_to_image draws the key frame of a video; for an image call that pipeline itself"
+                )
             if self.text_to_image is None:
                 raise ValueError(
                     "use_text_to_image needs the component text_to_image; "
@@ -185,8 +189,11 @@ class VideoLavitPipeline(DiffusionPipeline):
             raise ValueError("every prompt needs a text or an image")
         return [[part if isinstance(part, str) else to_pil(part) for part in parts] for parts in prompts]
 
-    def encode_samples(self, samples, generator):
-        """Ids of every sample: text as it is, images as their visual codes between marks."""
+    def encode_samples(self, samples, generator, with_marks=True):
+        """Ids of every sample: text as it is, images as their visual codes, between marks unless `with_marks=False`.
+
+        The authors' code puts marks around the images of a video's prompt and none around those of an image's.
+        """
         config = self.language_model.config
         contexts = []
         for index, parts in enumerate(samples):
@@ -200,7 +207,8 @@ class VideoLavitPipeline(DiffusionPipeline):
                 pixels = pixels.to(self._execution_device, self.visual_tokenizer.dtype)
                 encoded = self.visual_tokenizer.encode(pixels, generator=own)
                 codes = encoded.indices[0, : int(encoded.num_tokens[0])] + config.visual_code_offset
-                ids += [config.image_start_token_id, *codes.tolist(), config.image_end_token_id]
+                marks = ([config.image_start_token_id], [config.image_end_token_id]) if with_marks else ([], [])
+                ids += [*marks[0], *codes.tolist(), *marks[1]]
             contexts.append(torch.tensor(ids, dtype=torch.long))
         return contexts
 
@@ -366,7 +374,7 @@ class VideoLavitPipeline(DiffusionPipeline):
             do_sample_motion: draw motion codes; default: not for text-to-video, but with a given key frame.
             temperature, top_k, top_p, min_new_tokens: drawing of codes.
             max_image_tokens, max_motion_tokens: at most so many ids; default 500 per key frame, 200 for an image.
-            use_text_to_image: let the component `text_to_image` draw the first key frame.
+            use_text_to_image: let the component `text_to_image` draw a video's first key frame.
             inverse_rate: part of the key frame's steps that later clips skip by starting from the previous clip's
                 last frame with noise on it.
             drop_repeated_frames: leave out the first frame of every later clip, which repeats the frame before it.
@@ -383,7 +391,7 @@ class VideoLavitPipeline(DiffusionPipeline):
         Raises:
             ValueError: contradicting inputs, sizes that do not fit the networks, an unreadable image, a prompt that
                 is too long, or a sample for which the language model wrote no visual code.
-            TypeError: a prompt or image of another type.
+            TypeError: a prompt, image or generator of another type.
         """
         # 1. Inputs
         is_video = modality == "video"
@@ -407,7 +415,7 @@ class VideoLavitPipeline(DiffusionPipeline):
         }
 
         # 2. Prompts
-        if use_text_to_image and is_video:
+        if use_text_to_image:
             drawn = self._own_keyframes(
                 samples,
                 keyframe_height,
@@ -417,7 +425,7 @@ class VideoLavitPipeline(DiffusionPipeline):
                 generator,
             )
             samples = [[*parts, one] for parts, one in zip(samples, drawn)]
-        contexts = self.encode_samples(samples, generator)
+        contexts = self.encode_samples(samples, generator, with_marks=is_video)
         given = None
         if is_video and not all(isinstance(part, str) for part in samples[0]):
             given = [next(part for part in reversed(parts) if not isinstance(part, str)) for parts in samples]

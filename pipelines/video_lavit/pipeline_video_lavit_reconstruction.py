@@ -9,6 +9,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 
+from ...modeling.video_lavit.image_processing_video_lavit import VideoLavitImageProcessor
+from ...modeling.video_lavit.modeling_visual_tokenizer import check_generator
 from ...modeling.video_lavit.motion_processing import VideoLavitMotionProcessor
 from .detokenizing import (
     check_picture_size,
@@ -70,16 +72,16 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
 
     Either half of a clip can be passed raw or through its codes: the motion through the motion tokenizer, the keyframe
     through the visual tokenizer and the keyframe de-tokenizer. Components a folder does not hold are None; what needs
-    them says so.
+    them says so. A folder of [`VideoLavitPipeline`] holds all of them but the processors, and loads as this pipeline.
 
     Args:
         unet ([`VideoLavitUNetSpatioTemporalConditionModel`]), vae ([`~diffusers.AutoencoderKLTemporalDecoder`]),
         scheduler ([`~diffusers.EulerDiscreteScheduler`]), motion_encoder ([`VideoLavitMotionEncoder`]):
             The video de-tokenizer.
-        motion_processor ([`VideoLavitMotionProcessor`]): reads videos; a default one if None.
+        motion_processor ([`VideoLavitMotionProcessor`]): reads videos; if None, one with the motion tokenizer's sizes.
         motion_tokenizer ([`VideoLavitMotionTokenizer`]): for motion codes.
         visual_tokenizer ([`VideoLavitVisualTokenizer`]), image_processor ([`VideoLavitImageProcessor`]):
-            For visual codes.
+            For visual codes; without an image processor, one with the visual tokenizer's size.
         keyframe_decoder ([`VideoLavitKeyframeDecoder`]), keyframe_unet ([`~diffusers.UNet2DConditionModel`]),
         keyframe_vae ([`~diffusers.AutoencoderKL`]), keyframe_scheduler ([`~diffusers.DDIMScheduler`] or
         [`~diffusers.EulerAncestralDiscreteScheduler`]):
@@ -143,8 +145,20 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
 
     # ------------------------------------------------------------------------------------------------------- checks
 
-    def check_inputs(self, video, image, motion, motion_indices, image_indices, height, width, quantize_motion, batch):
-        """Raises ValueError for inputs that contradict each other."""
+    def check_inputs(
+        self,
+        video,
+        image,
+        motion,
+        motion_indices,
+        image_indices,
+        height,
+        width,
+        quantize_motion,
+        batch,
+        generator=None,
+    ):
+        """Raises ValueError for inputs that contradict each other, TypeError for a generator of another type."""
         self._need("making videos", "unet", "vae", "scheduler", "motion_encoder")
         check_picture_size(height, width, vae_scale_factor(self.vae) * 2**self.unet.num_upsamplers)
         given = {"video": video, "motion": motion, "motion_indices": motion_indices}
@@ -162,6 +176,7 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         for name, value in (("image", image), ("image_indices", image_indices)):
             if value is not None and len(value) != batch:
                 raise ValueError(f"{len(value)} entries of {name} for {batch} clips")
+        check_generator(generator, batch, f"{batch} clips")
 
     # -------------------------------------------------------------------------------------------------------- encode
 
@@ -178,9 +193,9 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         Returns:
             [`VideoLavitTokens`].
         """
-        self._need("tokenizing", "visual_tokenizer", "motion_tokenizer", "image_processor")
+        self._need("tokenizing", "visual_tokenizer", "motion_tokenizer")
         features = self._motion_processor()(video, max_clips=max_clips, **options)
-        pixels = self.image_processor(features["keyframes"])["pixel_values"]
+        pixels = self._image_processor()(features["keyframes"])["pixel_values"]
         motion = features["motion_values"].to(self._execution_device, self.motion_tokenizer.dtype)
         return VideoLavitTokens(
             visual_indices=self._visual_codes(pixels, generator),
@@ -190,7 +205,13 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         )
 
     def _motion_processor(self):
-        return self.motion_processor or VideoLavitMotionProcessor()
+        if self.motion_processor is not None or self.motion_tokenizer is None:
+            return self.motion_processor or VideoLavitMotionProcessor()
+        config = self.motion_tokenizer.config
+        return VideoLavitMotionProcessor(num_frames=config.num_frames, height=config.height, width=config.width)
+
+    def _image_processor(self):
+        return self.image_processor or VideoLavitImageProcessor(self.visual_tokenizer.config.image_size)
 
     def _visual_codes(self, pixels, generator):
         pixels = pixels.to(self._execution_device, self.visual_tokenizer.dtype)
@@ -261,8 +282,8 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         check_picture_size(height, width, vae_scale_factor(self.keyframe_vae) * 2**levels)
         device = self._execution_device
         if image_indices is None:
-            self._need("images to visual codes", "image_processor")
-            image_indices = self._visual_codes(self.image_processor(image)["pixel_values"], generator)
+            image_indices = self._visual_codes(self._image_processor()(image)["pixel_values"], generator)
+        check_generator(generator, len(image_indices), f"{len(image_indices)} images")
         prompt, pooled = encode_keyframe_prompt(self.visual_tokenizer, self.keyframe_decoder, image_indices, device)
         prompt, pooled = prompt.to(self.keyframe_unet.dtype), pooled.to(self.keyframe_unet.dtype)
 
@@ -328,7 +349,7 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         motion_fps=None,
         num_inference_steps=25,
         min_guidance_scale=1.0,
-        guidance_scale=3.0,
+        guidance_scale=None,
         fps=6,
         motion_bucket_id=127,
         noise_aug_strength=0.02,
@@ -358,7 +379,8 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
             start: index of the I-frame where the clip starts; default: the first with a whole clip after it.
             motion_fps: frames per second the video is re-encoded at; default: the motion processor's (6). The authors'
                 example of raw motion uses 12.
-            min_guidance_scale, guidance_scale: guidance of the first and of the last frame, linear in between.
+            min_guidance_scale, guidance_scale: guidance of the first and of the last frame, linear in between. Default
+                of the last: 4.0 for motion from codes, 3.0 for raw motion, as the authors use the two networks.
             fps, motion_bucket_id, noise_aug_strength: what the network is told; the last is also the strength of
                 the noise on the keyframe.
             cond_on_ref_frame: guide towards the keyframe as well (the unconditional branch does not see it).
@@ -376,6 +398,7 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
             VideoReadError: a file cannot be read.
             ValueError: contradicting inputs, sizes that do not fit, a missing component, no I-frame at `start`, another
                 number of codes than 135, codes outside the codebook.
+            TypeError: a generator, image or video of another type.
         """
         # 1. Inputs
         if output_type not in OUTPUT_TYPES:
@@ -383,7 +406,11 @@ class VideoLavitReconstructionPipeline(DiffusionPipeline):
         videos = None if video is None else _as_list(video)
         images = None if image is None else _as_list(image)
         batch = len(next((x for x in (videos, motion, motion_indices) if x is not None), ()))
-        self.check_inputs(videos, images, motion, motion_indices, image_indices, height, width, quantize_motion, batch)
+        self.check_inputs(
+            videos, images, motion, motion_indices, image_indices, height, width, quantize_motion, batch, generator
+        )
+        if guidance_scale is None:
+            guidance_scale = 3.0 if motion_indices is None and not quantize_motion else 4.0
         device, dtype = self._execution_device, self.unet.dtype
 
         # 2. Motion

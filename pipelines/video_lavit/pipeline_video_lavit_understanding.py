@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from ...modeling.video_lavit.modeling_visual_tokenizer import sample_gumbel
+from ...modeling.video_lavit.modeling_visual_tokenizer import check_generator, sample_gumbel
 from ...modeling.video_lavit.processing_video_lavit import StopAtLiteral
 
 
@@ -57,8 +57,7 @@ class VideoLavitUnderstandingPipeline(DiffusionPipeline):
         for name, given in (("image", images), ("video", videos)):
             if given is not None and len(given) != len(questions):
                 raise ValueError(f"{len(given)} entries of {name} for {len(questions)} questions")
-        if isinstance(generator, (list, tuple)) and len(generator) != len(questions):
-            raise ValueError(f"{len(generator)} generators for {len(questions)} questions")
+        check_generator(generator, len(questions), f"{len(questions)} questions")
 
     @staticmethod
     def make_conversations(questions, images, videos):
