@@ -8,6 +8,8 @@ from .common import CommandError, Result
 from .loading import load_pipeline, seeded
 
 MOTION_FPS = 6.0  # Video-LaVIT's videos
+RAW_MOTION_FPS = 12.0  # of the authors' example of raw motion
+_DETOKENIZERS = {"divot": "DivotReconstructionPipeline", "video_lavit": "VideoLavitReconstructionPipeline"}
 
 
 def _options(args):
@@ -18,6 +20,11 @@ def _options(args):
     if args.guidance_scale is not None:
         options["guidance_scale"] = args.guidance_scale
     return options
+
+
+def _load_detokenizer(folder, args):
+    """The pipeline that reads and makes videos; a folder may hold more (Video-LaVIT's language model)."""
+    return load_pipeline(folder, args, _DETOKENIZERS[folder.kind.system])
 
 
 def to_bytes(frames, rounding="nearest"):
@@ -31,17 +38,23 @@ def reconstruct(args, folder):
     from ..video import side_by_side, write_video
 
     _check_reading(args)
-    _check_size(args, folder)
-    pipeline = load_pipeline(folder, args)
+    _check_lavit_options(args, folder)
+    pipeline = _load_detokenizer(folder, args)
     start = 0.0
     if folder.kind.system == "divot":
         output = pipeline(args.video, **_options(args))
         frames, fps = to_bytes(output.frames[0], "truncate"), output.fps
     else:
-        motion = pipeline._motion_processor().read(args.video)
+        if args.quantize_motion and pipeline.motion_tokenizer is None:
+            raise CommandError(f"{folder.path}: was made without a motion tokenizer, which --quantize-motion needs")
+        # A folder with a motion tokenizer holds the network that was trained on motion from its codes.
+        raw = args.raw_motion or pipeline.motion_tokenizer is None
+        motion_fps = args.motion_fps or (RAW_MOTION_FPS if raw else None)
+        motion = pipeline._motion_processor().read(args.video, fps=motion_fps)
         clip = pipeline._motion_processor().clip_for_reconstruction(motion, 1, 1)
         start, fps = clip.start / motion.fps, motion.fps
-        frames = to_bytes(pipeline(motion, **_picture_size(args), **_options(args)).frames[0])
+        options = {"quantize_motion": not raw, "start": clip.start, **_picture_size(args), **_options(args)}
+        frames = to_bytes(pipeline(motion, **options).frames[0])
     if not args.only:
         frames = side_by_side(_input_at(args.video, start, fps, len(frames), frames.shape[1:3]), frames)
     write_video(args.output, frames, fps)
@@ -61,9 +74,10 @@ def _picture_size(args):
     return {name: getattr(args, name) for name in ("height", "width") if getattr(args, name) is not None}
 
 
-def _check_size(args, folder):
-    if folder.kind.system != "video_lavit" and (args.height or args.width):
-        raise CommandError("--height and --width are for Video-LaVIT")
+def _check_lavit_options(args, folder):
+    for name in ("height", "width", "raw_motion", "quantize_motion", "motion_fps"):
+        if folder.kind.system != "video_lavit" and getattr(args, name, None):
+            raise CommandError(f"--{name.replace('_', '-')} is for Video-LaVIT")
 
 
 def _check_reading(args):
@@ -98,7 +112,7 @@ def tokenize(args, folder):
     _check_reading(args)
     if args.size or args.crop or args.sample or args.tile_size:
         raise CommandError("--size, --crop, --sample and --tile-size are for VidTok and VidTwin")
-    pipeline = load_pipeline(folder, args)
+    pipeline = _load_detokenizer(folder, args)
     facts = {"system": folder.kind.system, "source": str(args.video), "model": args.model}
     if folder.kind.system == "divot":
         features, clips, frames = pipeline.encode_video(args.video)
@@ -133,8 +147,8 @@ def detokenize(args, folder):
 
     if args.tile_size or args.branch != "all":
         raise CommandError("--tile-size and --branch are for VidTok and VidTwin")
-    _check_size(args, folder)
-    pipeline = load_pipeline(folder, args)
+    _check_lavit_options(args, folder)
+    pipeline = _load_detokenizer(folder, args)
     if folder.kind.system == "divot":
         current = token_files.fingerprint(pipeline.video_tokenizer)
         tensors, facts = token_files.load(args.tokens, "divot", current, ("features",))

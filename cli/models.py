@@ -41,7 +41,9 @@ KINDS = {
     "video_lavit": Kind("Video-LaVIT language model", "video_lavit", ("chat",)),
     "video_lavit_visual_tokenizer": Kind("Video-LaVIT visual tokenizer", "video_lavit"),
     "video_lavit_motion_tokenizer": Kind("Video-LaVIT motion tokenizer", "video_lavit"),
-    "VideoLavitPipeline": Kind("Video-LaVIT generation pipeline", "video_lavit", ("generate",)),
+    "VideoLavitPipeline": Kind(
+        "Video-LaVIT generation pipeline", "video_lavit", ("generate", "reconstruct", "tokenize", "detokenize")
+    ),
     "VideoLavitReconstructionPipeline": Kind(
         "Video-LaVIT de-tokenizer", "video_lavit", ("reconstruct", "tokenize", "detokenize")
     ),

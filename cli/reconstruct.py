@@ -31,6 +31,19 @@ def add_arguments(parser):
     )
     parser.add_argument("--steps", type=common.positive_int, metavar="N", help="Divot, Video-LaVIT: sampling steps")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="Divot, Video-LaVIT: strength of guidance")
+    motion = parser.add_mutually_exclusive_group()
+    motion.add_argument(
+        "--quantize-motion",
+        action="store_true",
+        help="Video-LaVIT: pass the motion through its codes (default where the model has a motion tokenizer)",
+    )
+    motion.add_argument("--raw-motion", action="store_true", help="Video-LaVIT: take the motion as the codec gives it")
+    parser.add_argument(
+        "--motion-fps",
+        type=common.positive_float,
+        metavar="FPS",
+        help="Video-LaVIT: frames per second of the motion (default: 6 for codes, 12 for raw motion)",
+    )
     parser.add_argument("--height", type=common.positive_int, metavar="PIXELS", help="Video-LaVIT: default 320")
     parser.add_argument("--width", type=common.positive_int, metavar="PIXELS", help="Video-LaVIT: default 576")
     parser.add_argument("--offload", action="store_true", help="Divot, Video-LaVIT: keep idle parts off the GPU")
@@ -90,6 +103,7 @@ def _check_options(args, generative):
         if args.output is None:
             raise CommandError("name the video to write: -o FILE")
         return
-    for name in ("steps", "guidance_scale", "offload", "height", "width"):
+    names = ("steps", "guidance_scale", "offload", "height", "width", "quantize_motion", "raw_motion", "motion_fps")
+    for name in names:
         if getattr(args, name):
             raise CommandError(f"--{name.replace('_', '-')} is for Divot and Video-LaVIT")

@@ -191,6 +191,39 @@ def test_lavit_reconstruct(ok, fails, folder, lavit, tmp_path):  # noqa: F811
     )
 
 
+def test_lavit_motion_is_raw_or_from_codes(ok, fails, folder, lavit, tmp_path):  # noqa: F811
+    def frames(name, *flags, model=lavit):
+        target = tmp_path / f"{name}.mkv"
+        data = ok("reconstruct", folder / "a.mp4", "-o", target, "--only", "--model", model, *SIZE, *flags)
+        return data["fps"], read_video(target).frames.astype(int)
+
+    bare = saved(folder, "lavit_raw", lambda: without_motion_tokenizer(video_lavit.reconstruction_pipeline()))
+    by_default, raw = frames("default"), frames("raw", "--raw-motion", "--motion-fps", 6)
+    assert by_default[0] == raw[0] == 6 and np.abs(by_default[1] - raw[1]).max() > 2
+    np.testing.assert_array_equal(frames("codes", "--quantize-motion")[1], by_default[1])
+    assert frames("fast", "--raw-motion")[0] == frames("bare", model=bare)[0] == 12
+    np.testing.assert_array_equal(frames("bare_6", "--motion-fps", 6, model=bare)[1], raw[1])
+    bad = ["reconstruct", folder / "a.mp4", "-o", tmp_path / "x.mp4"]
+    assert "motion tokenizer" in fails(*bad, "--model", bare, "--quantize-motion")
+    assert "for Divot and Video-LaVIT" in fails(*bad, "--raw-motion")
+
+
+def without_motion_tokenizer(pipeline):
+    pipeline.register_modules(motion_tokenizer=None)
+    return pipeline
+
+
+def test_lavit_generation_folders_also_read_and_make_videos(ok, folder, tmp_path):  # noqa: F811
+    model = saved(folder, "lavit", video_lavit_llm.generation_pipeline)
+    options = ["--model", model, "--height", 16, "--width", 24, "--steps", 2]
+    facts = ok("tokenize", folder / "a.mp4", "-o", tmp_path / "t.safetensors", "--model", model)
+    assert facts["num_frames"] == len(facts["clip_starts"]) * video_lavit_llm.NUM_FRAMES
+    ok("detokenize", tmp_path / "t.safetensors", "-o", tmp_path / "again.mp4", *options)
+    assert len(read_video(tmp_path / "again.mp4")) == facts["num_frames"]
+    ok("reconstruct", folder / "a.mp4", "-o", tmp_path / "r.mp4", "--only", *options)
+    assert read_video(tmp_path / "r.mp4").frames.shape == (video_lavit_llm.NUM_FRAMES, 16, 24, 3)
+
+
 def test_lavit_tokens(ok, folder, lavit, tmp_path):  # noqa: F811
     tokens = tmp_path / "t.safetensors"
     facts = ok("tokenize", folder / "a.mp4", "-o", tokens, "--model", lavit)

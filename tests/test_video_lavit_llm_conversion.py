@@ -20,7 +20,9 @@ from cinetok import (
     VideoLavitVisualTokenizer,
     VideoLavitVisualTokenizerConfig,
     convert_checkpoint,
+    read_video,
 )
+from cinetok.cli import main as cli
 from cinetok.conversion.sentencepiece_llama import llama_tokenizer_from_sentencepiece
 from cinetok.conversion.video_lavit_llm import (
     RELEASES_LLM,
@@ -133,7 +135,9 @@ def test_generation_weights_convert(tmp_path, llama_tokenizer):
         assert torch.equal(value, loaded.state_dict()[name])
 
 
-def test_the_whole_generation_system_converts_and_runs(tmp_path, llama_tokenizer):
+def test_the_whole_generation_system_converts_and_runs(tmp_path, llama_tokenizer, video_file, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--height", "16", "--width", "24", "--steps", "1"]
     original = {
         **ORIGINAL,
         "visual_tokenizer": {**ORIGINAL["visual_tokenizer"], "n_code": 16384},
@@ -195,6 +199,16 @@ def test_the_whole_generation_system_converts_and_runs(tmp_path, llama_tokenizer
     frames = call(converted, num_inference_steps=1, keyframe_num_inference_steps=1).frames
     assert frames.shape == (1, 24, 3, 16, 24)
     assert torch.equal(frames, call(by_hand, num_inference_steps=1, keyframe_num_inference_steps=1).frames)
+    del converted, by_hand, language_model
+
+    # The same folder reads and makes videos from the command line.
+    for arguments in (
+        ["tokenize", str(video_file), "-o", "codes.safetensors"],
+        ["detokenize", "codes.safetensors", "-o", "again.mkv", *sizes],
+        ["reconstruct", str(video_file), "-o", "reconstruction.mkv", "--only", *sizes],
+    ):
+        assert cli.run([*arguments, "--model", str(output)]) == 0
+    assert read_video("again.mkv").frames.shape == read_video("reconstruction.mkv").frames.shape == (24, 16, 24, 3)
 
 
 @pytest.mark.parametrize(
