@@ -117,9 +117,18 @@ def run_tokenizer(case):
         elif name == "out.spatial_pool_out":
             case.check(name, model.pool(seen.values["temporal"], len(frames)))
         elif name == "out.pooled_normed":
-            case.check(name, seen.values["pooled"])
+            # Without the norm: the pooled tokens in the order (frame, row, column).
+            pooled = model.pool(seen.values["temporal"], len(frames)).unflatten(0, (len(frames), -1))
+            case.check(name, seen.values.get("pooled", pooled.permute(0, 1, 3, 4, 2).flatten(1, 3)))
         elif name == "out.st_transformer_out":
             case.check(name, seen.values["joint"])
+
+
+def _step(case, name, length):
+    """Every how many rows and columns were recorded: as the case says, else what fits the size."""
+    stated = re.search(r"every (\d+)", case.spec["tensors"].get(name, {}).get("meaning", ""))
+    recorded = case.recorded[name].shape[-1]
+    return int(stated[1]) if stated else next(k for k in range(1, 64) if -(-length // k) == recorded)
 
 
 @golden("divot", "pixel_preprocessing")
@@ -127,13 +136,15 @@ def run_tokenizer(case):
 def run_pixel_preprocessing(case):
     tokenizer = DivotTokenizerConfig()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tokenizer.image_mean, tokenizer.image_std))
-    size = case.config["kwargs"]["image_size"]
+    size = case.config["kwargs"].get("image_size", 224)
+    # The data transform exists with two normalisations.
+    normalization = {"image_mean": tokenizer.image_mean, "image_std": tokenizer.image_std}
+    normalization = normalization if case.config["kwargs"].get("type", "clip") == "clip" else {}
     for name in case.names("in.clip"):
         key = name.removeprefix("in.")
         pixels = resize_for_clip((case.input(name).float() / 255 - 0.5) / 0.5, tokenizer.vision_config.image_size)
         pixels = ((pixels + 1) / 2 - mean) / std
-        recorded = case.recorded[f"out.{key}.pixels_sub"].shape[-1]
-        step = next(k for k in range(1, 64) if -(-pixels.shape[-1] // k) == recorded)
+        step = _step(case, f"out.{key}.pixels_sub", pixels.shape[-1])
         corner = case.recorded[f"out.{key}.corner"].shape[-1]
         case.check(f"out.{key}.pixels_sub", pixels[..., ::step, ::step])
         case.check(f"out.{key}.corner", pixels[..., -corner:, -corner:])
@@ -145,9 +156,10 @@ def run_pixel_preprocessing(case):
             result = f"out.{key}.keep_ratio_{keep_ratio}"
             if not case.has(result):
                 continue
-            processor = DivotVideoProcessor(size=size, keep_aspect_ratio=keep_ratio)
+            processor = DivotVideoProcessor(size=size, keep_aspect_ratio=keep_ratio, **normalization)
             pixels = processor(images=image).pixel_values_videos[0, 0]
-            case.check(result, ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8))
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+            case.check(result, ((pixels * std + mean) * 255).round().to(torch.uint8))
             case.check(f"{result}.float_row0", pixels[:, 0])
 
 
@@ -263,6 +275,13 @@ def run_noise_schedule(case):
         case.check(name, torch.as_tensor(values.get(table, sigmas)))
 
 
+# Arguments of the original's classes where a case is silent: of the de-tokenizer, and of its sampler.
+_DETOKENIZER = {"unconditional_guidance_scale": 7.5, "num_frames": 5, "image_size": 256, "fs": 3, "ddim_steps": 50}
+_DETOKENIZER |= {"ddim_eta": 1.0, "timestep_spacing": "uniform", "guidance_rescale": 0.7, "scale_factor": 0.18215}
+_SAMPLER = {"eta": 0.0, "unconditional_guidance_scale": 1.0, "guidance_rescale": 0.0, "timestep_spacing": "uniform"}
+_SAMPLER |= {"fs": None, "use_uc": True, "batch": 1}
+
+
 @golden("divot", "detokenizer_ddim")
 @torch.no_grad()
 def run_detokenizer(case):
@@ -274,7 +293,8 @@ def run_detokenizer(case):
         config["image_proj_model"], take_prefix(weights, "image_proj_model."), features.shape[1]
     )
     tokenizer = build_tokenizer(config["video_tokenizer"], case.weights("tokenizer.safetensors"))
-    settings = config["kwargs"]
+    settings = _DETOKENIZER | config.get("kwargs", {})
+    vae.register_to_config(scaling_factor=settings["scale_factor"])
 
     def condition(features):
         return resampler(features).encoder_hidden_states
@@ -297,7 +317,7 @@ def run_detokenizer(case):
             guidance_scale=options["unconditional_guidance_scale"],
             guidance_rescale=options["guidance_rescale"],
             eta=options["eta"],
-            fs=torch.as_tensor(options["fs"]),
+            fs=None if options["fs"] is None else torch.as_tensor(options["fs"]),
             step_noise=noise.unflatten(0, (-1, len(x_start))),
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
@@ -316,7 +336,8 @@ def run_detokenizer(case):
     if case.has("out.ddim_pred_x0"):
         case.check("out.ddim_pred_x0", predicted)
     case.check("out.video", decode_latents(vae, latents))
-    for name, run in config.get("sampling", {}).items():
+    for name, given in config.get("sampling", {}).items():
+        run = _SAMPLER | given
         conditions = torch.cat([condition(features + 0.37 * i) for i in range(run["batch"])])
         inputs = case.input(f"in.{name}.x_T"), case.input(f"in.{name}.step_noise")
         _, steps, _ = sample(conditions, unconditional if run["use_uc"] else None, *inputs, run)
