@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+CHUNK_FRAMES = 16  # that VidTok encodes at a time unless told otherwise
 _LONGEST_ERROR = 600
 
 

@@ -52,6 +52,7 @@ def _detokenize(args, folder, facts):
     model, processor = loading.load_tokenizer(folder, args)
     if facts["system"] != model.config.model_type:
         raise CommandError(f"{args.tokens}: tokens of {facts['system']}, the model is {model.config.model_type}")
+    loading.check_vidtok_options(model, args)
     if model.config.model_type == "vidtok":
         from ..modeling.vidtok.streaming_vidtok import VidTokTokens
 

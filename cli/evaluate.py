@@ -18,9 +18,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".web
 def add_arguments(parser):
     parser.add_argument("videos", nargs="+", metavar="PATH", help="video files, or folders of them")
     common.add_model(parser, "VidTok or VidTwin; default: bundled VidTok")
-    parser.add_argument(
-        "--size", type=common.positive_int, default=256, metavar="PIXELS", help="VidTok: resize and crop to (256)"
-    )
+    parser.add_argument("--size", type=common.positive_int, metavar="PIXELS", help="VidTok: resize and crop to (256)")
     parser.add_argument(
         "--fps",
         type=common.positive_float,
@@ -35,9 +33,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--chunk-frames",
         type=common.positive_int,
-        default=16,
         metavar="N",
-        help="VidTok: frames per clip (causal: + 1)",
+        help="VidTok: frames per clip (16; causal: + 1)",
     )
     common.add_sampling(parser)
     parser.add_argument("--csv", metavar="FILE", help="table to write, one line per video")
@@ -54,6 +51,9 @@ def run(args):
 
     model, processor = loading.load_tokenizer(folder, args)
     is_vidtwin = model.config.model_type == "vidtwin"
+    if is_vidtwin:
+        _check_vidtwin(model.config, args)
+    args.size, args.chunk_frames = args.size or 256, args.chunk_frames or common.CHUNK_FRAMES
     if not is_vidtwin:
         processor.do_resize = processor.do_center_crop = True
         processor.size = {"shortest_edge": args.size}
@@ -84,6 +84,19 @@ def run(args):
     rows.append(("mean over frames", total, f"{summary['psnr']:.2f}", f"{summary['ssim']:.4f}"))
     written = [f"wrote {path}" for path in (args.csv, args.output) if path]
     return Result(data, "\n".join([common.table(rows), *written]))
+
+
+def _check_vidtwin(config, args):
+    """Window and frame size are part of the model."""
+    for name, value, own in (
+        ("size", args.size, {config.height, config.width}),
+        ("chunk-frames", args.chunk_frames, {config.num_frames}),
+    ):
+        if value is not None and own != {value}:
+            raise CommandError(
+                f"--{name} {value}: this VidTwin takes {config.num_frames} frames of {config.height}x{config.width} "
+                "pixels at a time"
+            )
 
 
 def _find_videos(paths):

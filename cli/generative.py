@@ -112,6 +112,8 @@ def tokenize(args, folder):
     _check_reading(args)
     if args.size or args.crop or args.sample or args.tile_size:
         raise CommandError("--size, --crop, --sample and --tile-size are for VidTok and VidTwin")
+    if args.chunk_frames:
+        raise CommandError("--chunk-frames is for VidTok")
     pipeline = _load_detokenizer(folder, args)
     facts = {"system": folder.kind.system, "source": str(args.video), "model": args.model}
     if folder.kind.system == "divot":

@@ -67,7 +67,27 @@ def load_model(cls, path, dtype, device):
             for name, keys in problems.items()
         )
         raise CheckpointError(f"{path}: the weights do not fit config.json: {text}")
+    check_finite(path, {"": model})
     return model.to(device).eval()
+
+
+def check_finite(path, parts):
+    """Raises CheckpointError, with the names of the parameters, where weights of `parts` (name -> module) are NaN or
+    infinite. The range of a half precision may have made them so.
+    """
+    import torch
+
+    from ..conversion.checkpoints import is_finite
+    from ..conversion.mapping import shorten
+
+    bad = {}
+    for part, model in parts.items():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and not is_finite(value):
+                bad[f"{part}.{name}".lstrip(".")] = value.dtype
+    if bad:
+        half = "" if torch.float16 not in bad.values() else " (as float16; try --dtype bfloat16 or float32)"
+        raise CheckpointError(f"{path}: {len(bad)} tensors hold NaN or infinite values{half}: {shorten(list(bad))}")
 
 
 def load_tokenizer(folder, args):
@@ -108,7 +128,15 @@ def load_pipeline(folder, args, name=None):
 
 
 def settle(pipeline, args, device):
-    """Puts a pipeline on its device, whole or part by part, and sets its progress bars."""
+    """Puts a pipeline on its device, whole or part by part, and sets its progress bars.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite.
+    """
+    import torch
+
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    check_finite(args.model, parts)
     pipeline.set_progress_bar_config(disable=not progress(args), leave=False)
     if getattr(args, "offload", False):
         if device.type == "cpu":
@@ -123,11 +151,10 @@ def processor_for(model, processor, args):
 
     VidTok keeps the video's size unless told; VidTwin's size is part of the model.
     """
-    size, crop = getattr(args, "size", None), getattr(args, "crop", False)
+    check_vidtok_options(model, args)
     if model.config.model_type == "vidtwin":
-        if size is not None or crop:
-            raise CommandError(f"--size and --crop are for VidTok; this VidTwin takes {model.config.height} pixels")
         return processor
+    size, crop = getattr(args, "size", None), getattr(args, "crop", False)
     if crop and size is None:
         raise CommandError("--crop needs --size")
     processor = copy.copy(processor)
@@ -136,6 +163,17 @@ def processor_for(model, processor, args):
         processor.size = {"shortest_edge": size}
         processor.crop_size = {"height": size, "width": size}
     return processor
+
+
+def check_vidtok_options(model, args):
+    """CommandError for options that VidTwin, whose window and frame size are part of the model, has no use for."""
+    config = model.config
+    for name in ("size", "crop", "tile_size", "chunk_frames"):
+        if config.model_type == "vidtwin" and getattr(args, name, None):
+            raise CommandError(
+                f"--{name.replace('_', '-')} is for VidTok; this VidTwin takes {config.num_frames} frames of "
+                f"{config.height}x{config.width} pixels at a time"
+            )
 
 
 def seeded(args):

@@ -23,7 +23,7 @@ def add_arguments(parser):
     common.add_size(parser)
     common.add_sampling(parser)
     parser.add_argument(
-        "--chunk-frames", type=common.positive_int, default=16, metavar="N", help="VidTok: frames encoded at a time"
+        "--chunk-frames", type=common.positive_int, metavar="N", help="VidTok: frames encoded at a time (16)"
     )
     parser.add_argument("--tile-size", type=common.positive_int, metavar="PIXELS", help="VidTok: work in tiles")
     parser.add_argument(
@@ -98,6 +98,8 @@ def _check_options(args, generative):
         for name in ("plot", "picture", "size", "crop", "sample", "tile_size"):
             if getattr(args, name):
                 raise CommandError(f"--{name.replace('_', '-')} is for VidTok and VidTwin")
+        if args.chunk_frames:
+            raise CommandError("--chunk-frames is for VidTok")
         if args.branch != "all":
             raise CommandError("--branch is for VidTwin")
         if args.output is None:

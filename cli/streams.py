@@ -47,7 +47,7 @@ def encode_vidtok(model, processor, source, args, progress, **reading):
     return model.encode_video(
         source,
         processor=processor,
-        chunk_frames=args.chunk_frames,
+        chunk_frames=args.chunk_frames or common.CHUNK_FRAMES,
         sample_posterior=args.sample,
         generator=torch.Generator().manual_seed(args.seed),
         tile_size=args.tile_size,
@@ -60,7 +60,9 @@ def vidtok_pairs(model, processor, source, args, progress, **reading):
     """(fps, number of frames, iterator over pairs (input, reconstruction))."""
     tokens = encode_vidtok(model, processor, source, args, progress, **reading)
     decoded = model.decode_frames(tokens, tile_size=args.tile_size)
-    inputs = (pixels for pixels, _ in prepared_pieces(source, processor, args.chunk_frames, **reading))
+    inputs = (
+        pixels for pixels, _ in prepared_pieces(source, processor, args.chunk_frames or common.CHUNK_FRAMES, **reading)
+    )
     pairs = ((unit_range(one, processor), unit_range(other, processor)) for one, other in _in_step(inputs, decoded))
     return tokens.fps, tokens.num_frames, pairs
 

@@ -19,7 +19,7 @@ def add_arguments(parser):
     common.add_size(parser)
     common.add_sampling(parser)
     parser.add_argument(
-        "--chunk-frames", type=common.positive_int, default=16, metavar="N", help="VidTok: frames encoded at a time"
+        "--chunk-frames", type=common.positive_int, metavar="N", help="VidTok: frames encoded at a time (16)"
     )
     parser.add_argument("--tile-size", type=common.positive_int, metavar="PIXELS", help="VidTok: work in tiles")
 

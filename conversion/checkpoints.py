@@ -159,14 +159,15 @@ def check_state_dict(module, state_dict, what):
     ]
     if wrong:
         problems.append(f"{len(wrong)} of another shape: {'; '.join(wrong[:8])}")
-    bad = [name for name, value in state_dict.items() if value.is_floating_point() and not _finite(value)]
+    bad = [name for name, value in state_dict.items() if value.is_floating_point() and not is_finite(value)]
     if bad:
         problems.append(f"{len(bad)} with NaN or infinite values: {shorten(bad)}")
     if problems:
         raise CheckpointError(f"{what} does not fit its configuration. Tensors " + ". Tensors ".join(problems) + ".")
 
 
-def _finite(tensor):
+def is_finite(tensor):
+    """Whether a floating-point tensor is free of NaN and infinite values; True on the meta device."""
     if tensor.is_meta:
         return True
     if tensor.element_size() == 1:  # 8-bit floats have no reductions

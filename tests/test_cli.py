@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -656,6 +657,23 @@ def test_options_that_cannot_work(fails, models, clip, tmp_path, options, messag
     assert names(tmp_path) == ["keep"] and clip.read_bytes() == before
 
 
+def test_options_that_vidtwin_has_no_use_for(fails, ok, models, clip, tmp_path):
+    model, out = ["--model", models / "vidtwin"], tmp_path / "out.mp4"
+    tokens = tmp_path / "t.safetensors"
+    for options in (["--tile-size", 32], ["--size", 32], ["--chunk-frames", 16], ["--size", 32, "--crop"]):
+        for command in (["reconstruct", clip, "-o", out], ["tokenize", clip, "-o", tokens]):
+            line = fails(*command, *model, *options)
+            assert f"{options[0]} is for VidTok; this VidTwin takes 4 frames of 32x32 pixels" in line
+    assert "--crop is for VidTok" in fails("reconstruct", clip, "-o", out, *model, "--crop")
+    for options in (["--size", 48], ["--chunk-frames", 16]):
+        line = fails("evaluate", clip, *model, *options)
+        assert f"{options[0]} {options[1]}: this VidTwin takes 4 frames of 32x32 pixels" in line
+    assert names(tmp_path) == []
+    ok("tokenize", clip, "-o", tokens, *model)
+    assert "--tile-size is for VidTok" in fails("detokenize", tokens, "-o", out, *model, "--tile-size", 32)
+    assert not out.exists()
+
+
 def test_a_write_that_fails_leaves_nothing(fails, models, clip, tmp_path, monkeypatch):
     from cinetok.video import writing
 
@@ -698,6 +716,20 @@ def test_damaged_models(fails, models, clip, tmp_path):
     (folder / "model.safetensors").write_bytes(data)
     (folder / "config.json").write_text(json.dumps({**config, "version": None}))
     assert "1.0" in fails("reconstruct", clip, "--model", folder)
+
+
+@pytest.mark.parametrize("model", ["v1.1", "vidtwin", "pipeline"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(fails, models, clip, tmp_path, model, value):
+    shutil.copytree(models / model, tmp_path / "model")
+    path = next((tmp_path / "model").rglob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("conv_in.weight") or name.endswith("conv.weight"))
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    line = fails("reconstruct", clip, "-o", tmp_path / "out.mp4", "--model", tmp_path / "model")
+    assert "NaN or infinite" in line and name in line and str(tmp_path / "model") in line
+    assert names(tmp_path) == ["model"]
 
 
 def test_push_refuses_early(fails, models, tmp_path):

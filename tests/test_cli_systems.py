@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from model_cases import divot, divot_llm, seer, video_lavit, video_lavit_llm
 from model_cases import reconstruction as cases
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import fails, names, ok, run  # noqa: F401 (fixtures)
 
 from cinetok import DivotReconstructionPipeline, read_video, write_video
@@ -72,6 +73,11 @@ def test_divot_reconstruct(ok, fails, folder, detokenizer, tmp_path):  # noqa: F
     assert "choose frames themselves" in fails(
         "reconstruct", folder / "a.mp4", "-o", tmp_path / "x.mp4", "--fps", 4, *options
     )
+    for command in (
+        ["reconstruct", folder / "a.mp4", "-o", tmp_path / "x.mp4", *options],
+        ["tokenize", folder / "a.mp4", "-o", tmp_path / "x.safetensors", *options[:2]],
+    ):
+        assert "--chunk-frames is for VidTok" in fails(*command, "--chunk-frames", 4)
     assert "-o" in fails("reconstruct", folder / "a.mp4", *options)
     # Bytes as the pipeline's own images, which are truncated like the original's.
     ok("reconstruct", folder / "a.mp4", "-o", tmp_path.parent / "only3", "--only", "--seed", 3, *options)
@@ -317,6 +323,20 @@ def test_seer_prompt_before_or_behind_the_images(ok, fails, folder, tmp_path):  
     assert "no prompt" in fails("predict", *model, "--video", folder / "a.mp4", *output)
     assert "no such file" in fails("predict", *model, "--image", tmp_path / "none.png", "close book", *output)
     assert "no prompt" in fails("predict", *model, "--image", images[0], tmp_path / "none.png", *output)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_decomposer", "vae", "text_encoder"])
+def test_pipelines_with_weights_that_are_not_finite(fails, folder, tmp_path, part):  # noqa: F811
+    shutil.copytree(saved(folder, "seer", seer.pipeline), tmp_path / "seer")
+    path = next((tmp_path / "seer" / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = sorted(name for name in tensors if name.endswith("weight"))[-1]
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    arguments = ["predict", "go", "--image", folder / "image.png", "-o", tmp_path / "x.mp4"]
+    line = fails(*arguments, "--model", tmp_path / "seer")
+    assert "1 tensors hold NaN or infinite values" in line and f": {part}.{name}" in line
+    assert not (tmp_path / "x.mp4").exists()
 
 
 def test_info_of_pipelines(ok, folder, detokenizer, lavit):  # noqa: F811
