@@ -4,6 +4,7 @@ import io
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from moving_clips import HEIGHT, WIDTH, moving_clip, moving_frames, write
@@ -125,6 +126,29 @@ def test_one_frame_video(tmp_path):
     assert motion.frame_types == "I"
     features = VideoLavitMotionProcessor()(path)
     assert features["clip_starts"] == [[0]] and features["motion_values"].abs().max() == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_clip_shorter_than_half_a_frame_keeps_its_first_picture(tmp_path, count):
+    frames = moving_frames(count)
+    path = write(str(tmp_path / "blink.mp4"), frames, codec="libx264", fps=30)
+    motion = read_motion_vectors(path)
+    assert (motion.frame_types, motion.fps, len(motion.vectors[0])) == ("I", 6.0, 0)
+    assert np.abs(motion.keyframe(0).astype(int) - frames[0]).mean() < 20
+    features = VideoLavitMotionProcessor()(path)
+    assert features["clip_starts"] == [[0]] and features["motion_values"].abs().max() == 0
+    with pytest.raises(VideoReadError, match="no frames in the requested range"):
+        read_motion_vectors(path, start=5.0)
+
+
+def test_a_still_picture_is_a_clip_without_motion(tmp_path):
+    path = tmp_path / "still.png"
+    picture = moving_frames(1)[0]
+    PIL.Image.fromarray(picture).save(path)
+    motion = read_motion_vectors(path)
+    assert motion.frame_types == "I" and np.abs(motion.keyframe(0).astype(int) - picture).mean() < 20
+    clip = VideoLavitMotionProcessor().clip_for_reconstruction(path, 4, 6)
+    assert clip.motion.shape == (2, 24, 4, 6) and clip.motion.abs().max() == 0
 
 
 @pytest.mark.parametrize(

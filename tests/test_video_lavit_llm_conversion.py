@@ -135,7 +135,7 @@ def test_generation_weights_convert(tmp_path, llama_tokenizer):
         assert torch.equal(value, loaded.state_dict()[name])
 
 
-def test_the_whole_generation_system_converts_and_runs(tmp_path, llama_tokenizer, video_file, monkeypatch):  # noqa: F811
+def test_the_whole_generation_system_converts_and_runs(tmp_path, llama_tokenizer, video_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = ["--height", "16", "--width", "24", "--steps", "1"]
     original = {

@@ -91,6 +91,8 @@ def read_motion_vectors(
 ):
     """Reads motion vectors as Video-LaVIT uses them.
 
+    A video too short for a single frame at `fps`, or a still picture, gives one I-frame: its first picture.
+
     Args:
         path: video file, or a binary file object.
         fps: frames per second to re-encode at: 6 for tokens and understanding, 12 in the authors' reconstruction
@@ -216,9 +218,10 @@ class _VectorReader:
         with self._open() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            pump = None
+            first = pump = None
             for frame in self._frames(container, stream, start, end):
                 if pump is None:
+                    first = frame
                     pump = self._pump(stream, frame, fps, bit_rate, gop_size, num_threads)
                     next(pump)
                 try:
@@ -228,16 +231,28 @@ class _VectorReader:
             if pump is not None:
                 with contextlib.suppress(StopIteration):
                     pump.send(None)
+            if first is not None and not self.types:
+                # Shown for less than half a frame at `fps`: the filter dropped it all. Keep the first picture.
+                first.pts = 0
+                pump = self._pump(stream, first, None, bit_rate, gop_size, num_threads)
+                next(pump)
+                with contextlib.suppress(StopIteration):
+                    pump.send(first)
+                    pump.send(None)
 
     def _pump(self, stream, first, fps, bit_rate, gop_size, num_threads):
-        """A coroutine that takes source frames (None at the end) through filter, encoder and exporting decoder."""
+        """A coroutine that takes source frames (None at the end) through filter, encoder and exporting decoder.
+
+        `fps=None` keeps every frame (a single one).
+        """
         av = self.av
         graph = av.filter.Graph()
         source = graph.add_buffer(
             width=first.width, height=first.height, format=first.format.name, time_base=stream.time_base
         )
         # The command-line program the model was prepared with turns frames upright before its other filters.
-        chain = [graph.add(*step) for step in (*_upright(first.rotation), ("fps", str(fps)), ("format", "yuv420p"))]
+        steps = (*_upright(first.rotation), *([] if fps is None else [("fps", str(fps))]), ("format", "yuv420p"))
+        chain = [graph.add(*step) for step in steps]
         sink = graph.add("buffersink")
         for left, right in zip([source, *chain], [*chain, sink]):
             left.link_to(right)
@@ -263,7 +278,8 @@ class _VectorReader:
                         )
                     encoder = av.CodecContext.create("mpeg4", "w")
                     encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, "yuv420p"
-                    encoder.time_base, encoder.framerate = 1 / fps, fps
+                    rate = fps or Fraction(1)
+                    encoder.time_base, encoder.framerate = 1 / rate, rate
                     encoder.bit_rate, encoder.gop_size, encoder.thread_count = bit_rate, gop_size, num_threads
                 # Without this the source's own I and P types are forced on the encoder.
                 picture.pict_type = 0
