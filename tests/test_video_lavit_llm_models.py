@@ -435,6 +435,21 @@ def test_guidance_and_prompt_matter_and_forced_ids_are_scored(writer):
     assert steps == [1, 2, 3]
 
 
+def test_given_ids_count_unless_they_are_masked(writer):
+    options = {"do_sample": False, "min_new_tokens": 3, "max_new_tokens": 3, "output_scores": True}
+    plain = writer.generate_image_tokens([[20, 21]], **options)
+    with_end = writer.generate_image_tokens([[20, 2, 21]], **options)
+    assert not torch.equal(plain.scores, with_end.scores)  # the end of a text is read ...
+    assert with_end.sequences[0][:3].tolist() == [20, 21, BOI]  # ... and left out of the result, as in the original
+    expected = _two_pass_reference(writer, [20, 2, 21], BOI, EOI, [0, 1, 2, *range(BOI, BOM)], 4.0, 3, 3)
+    assert with_end.raw_token_ids[0].tolist() == expected
+    ids = torch.tensor([[2, 2, 20, 21], [20, 2, 21, 2]])
+    masked = writer.generate_image_tokens(ids, attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]), **options)
+    for row, alone in enumerate((plain, with_end)):
+        assert torch.allclose(masked.scores[row], alone.scores[0], atol=1e-4)
+        assert torch.equal(masked.sequences[row], alone.sequences[0])
+
+
 def test_bad_requests_for_codes_raise(writer):
     for prompts, options, error, message in (
         ("text", {}, TypeError, "ids per sample"),
@@ -445,6 +460,9 @@ def test_bad_requests_for_codes_raise(writer):
         ([[1]], {"max_new_tokens": 0}, ValueError, "1 and 0"),
         ([[1]], {"max_new_tokens": 2000}, ValueError, "more than the language model's 1024"),
         ([[1]], {"generator": [torch.Generator()] * 2}, ValueError, "2 generators"),
+        ([[1]], {"generator": 5}, TypeError, "not int"),
+        ([[1]], {"attention_mask": [[1], [1]]}, ValueError, "2 rows for 1 prompts"),
+        ([[1]], {"attention_mask": [[1, 1]]}, ValueError, "prompt 0 has 1 ids"),
         ([[1]], {"negative_prompts": [[3], [4]]}, ValueError, "2 negative"),
         ([[1]], {"forced_token_ids": torch.ones(2, 3, dtype=torch.long)}, ValueError, "forced_token_ids"),
     ):

@@ -15,6 +15,8 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
 
+from .modeling_visual_tokenizer import check_generator
+
 # The original fills rows that are done with LLaMA's end-of-text id and drops that id from every result.
 FILL_TOKEN_ID = 2
 
@@ -24,7 +26,8 @@ class VideoLavitTokenOutput(ModelOutput):
     """Result of [`VideoLavitGenerationMixin.generate_image_tokens`] and of `generate_motion_tokens`.
 
     Attributes:
-        sequences: per sample a 1-D tensor: prompt, opening mark and what was written, without filling.
+        sequences: per sample a 1-D tensor: prompt, opening mark and what was written, without any id 2 (the original's
+            filling, which is LLaMA's end of a text).
         new_token_ids: per sample a 1-D tensor: what was written, with its closing mark (if it was reached).
         raw_token_ids: (batch, num_steps), as decoded: rows that are done are filled with id 2.
         scores: (batch, num_steps, vocab_size) processed scores of every step, if asked for; -inf for excluded ids.
@@ -43,8 +46,8 @@ class VideoLavitGenerationMixin(GenerationMixin):
         """Writes the visual codes of one image per prompt (Video-LaVIT, section 3.3).
 
         Args:
-            prompts: ids per sample: a sequence of 1-D tensors or lists of ids, or a (batch, length) tensor. The mark
-                that opens an image is appended. Id 2, the filling, is removed.
+            prompts: ids per sample: a sequence of 1-D tensors or lists of ids, or a (batch, length) tensor, which is
+                padded where `attention_mask` is 0. The mark that opens an image is appended.
             guidance_scale: weight of the prompt; 1 turns guidance off.
             max_new_tokens: at most so many ids (the original takes 500 for a key frame, 200 for a picture).
             options: see `_generate_codes`.
@@ -103,6 +106,7 @@ class VideoLavitGenerationMixin(GenerationMixin):
         temperature=1.0,
         top_k=200,
         top_p=1.0,
+        attention_mask=None,
         negative_prompts=None,
         generator=None,
         forced_token_ids=None,
@@ -115,9 +119,11 @@ class VideoLavitGenerationMixin(GenerationMixin):
             min_new_tokens: the closing mark is excluded for so many steps.
             do_sample: draw ids; False takes the most probable one.
             temperature, top_k, top_p: applied when drawing; `top_k=None`/0 and `top_p=1.0` turn them off.
+            attention_mask: per sample as many numbers as ids in `prompts`; ids with 0 are padding and left out. By
+                default all count.
             negative_prompts: ids per sample of the branch without the prompt, complete with the opening mark; by
                 default it sees nothing but that mark.
-            generator: a `torch.Generator`, or one per sample (then results do not depend on the batch).
+            generator: a `torch.Generator`, or a list with one per sample (then results do not depend on the batch).
             forced_token_ids: (batch, num_steps) ids to follow instead of choosing, for looking at the scores of a given
                 continuation.
             output_scores: also return the processed scores.
@@ -126,13 +132,13 @@ class VideoLavitGenerationMixin(GenerationMixin):
         device = self.get_input_embeddings().weight.device
         if device.type == "meta":  # weights that are kept elsewhere between calls; their hooks move what they are given
             device = torch.device("cpu")
-        prompts = [torch.cat([p, p.new_tensor([start])]) for p in self._clean_prompts(prompts, device)]
+        prompts = self._clean_prompts(prompts, device, attention_mask)
+        prompts = [torch.cat([p, p.new_tensor([start])]) for p in prompts]
         batch_size = len(prompts)
         if max_new_tokens < 1 or min_new_tokens < 0:
             raise ValueError(f"max_new_tokens {max_new_tokens} and min_new_tokens {min_new_tokens}: 1 and 0 or more")
+        check_generator(generator, batch_size, f"{batch_size} prompts")
         generators = list(generator) if isinstance(generator, (list, tuple)) else None
-        if generators is not None and len(generators) != batch_size:
-            raise ValueError(f"{len(generators)} generators for {batch_size} prompts; give one, or one per prompt")
         if forced_token_ids is not None:
             if forced_token_ids.ndim != 2 or len(forced_token_ids) != batch_size:
                 raise ValueError(
@@ -194,26 +200,34 @@ class VideoLavitGenerationMixin(GenerationMixin):
 
         raw = torch.stack(new_ids, dim=1)
         written = [row[row != FILL_TOKEN_ID] for row in raw]
+        read = [prompt[prompt != FILL_TOKEN_ID] for prompt in prompts]
         return VideoLavitTokenOutput(
-            sequences=[torch.cat([prompt, row]) for prompt, row in zip(prompts, written)],
+            sequences=[torch.cat([prompt, row]) for prompt, row in zip(read, written)],
             new_token_ids=written,
             raw_token_ids=raw,
             scores=torch.stack(all_scores, dim=1) if output_scores else None,
         )
 
-    def _clean_prompts(self, prompts, device):
+    def _clean_prompts(self, prompts, device, attention_mask=None):
         if not isinstance(prompts, (Sequence, torch.Tensor)) or isinstance(prompts, str) or len(prompts) == 0:
             raise TypeError("prompts must be a non-empty sequence of ids per sample (tensors or lists of integers)")
+        if attention_mask is not None and len(attention_mask) != len(prompts):
+            raise ValueError(f"attention_mask has {len(attention_mask)} rows for {len(prompts)} prompts")
         cleaned = []
         for index, prompt in enumerate(prompts):
             prompt = torch.as_tensor(prompt, device=device).long()
             if prompt.ndim != 1:
                 raise ValueError(f"prompt {index} has shape {tuple(prompt.shape)}; expected a row of ids")
+            if attention_mask is not None:
+                mask = torch.as_tensor(attention_mask[index], device=device).bool()
+                if mask.shape != prompt.shape:
+                    raise ValueError(f"prompt {index} has {len(prompt)} ids, its attention_mask {tuple(mask.shape)}")
+                prompt = prompt[mask]
             if len(prompt) and not 0 <= int(prompt.min()) <= int(prompt.max()) < self.config.num_token_ids:
                 raise ValueError(
                     f"prompt {index} holds ids outside the vocabulary (0 .. {self.config.num_token_ids - 1})"
                 )
-            cleaned.append(prompt[prompt != FILL_TOKEN_ID])
+            cleaned.append(prompt)
         return cleaned
 
     def _check_length(self, length):
