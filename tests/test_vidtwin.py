@@ -1,5 +1,6 @@
 """VidTwin: recorded numbers, windows, branches, reenactment, bad input (conversion: test_vidtwin_conversion.py)."""
 
+import copy
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import SHARED
 from golden_kinds import GoldenCase, find_cases, load_runners
+from golden_kinds.vidtwin import with_rounded_blocks
 from manifest_files import load as load_manifests
 from model_cases import vidtwin as cases
 from run_goldens import run_case
@@ -22,6 +24,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from cinetok import CheckpointError, VidTwinConfig, VidTwinModel, VidTwinVideoProcessor
 from cinetok.conversion import find_release
 from cinetok.conversion.vidtwin import RELEASES, build, manifest_parts
+from cinetok.modeling.vidtwin.modeling_vidtwin import sinusoidal_table
 
 GOLDENS = Path(__file__).parent / "goldens" / "vidtwin"
 LATER = {"loss", "sched"}
@@ -205,6 +208,21 @@ def test_position_tables():
             assert spatial[position, width // 2 + index].item() == pytest.approx(math.sin(row * rate), abs=1e-6)
     assert temporal[2, 0].item() == pytest.approx(math.sin(2), abs=1e-6)
     assert temporal[2, width // 2 + 1].item() == pytest.approx(math.cos(2 * 10000 ** (-2 / width)), abs=1e-6)
+
+
+def test_position_tables_are_the_published_ones_to_the_last_bit():
+    positions, rates = np.arange(16), 1.0 / 10000 ** (np.arange(384) / 384.0)
+    angles = np.einsum("m,d->md", positions, rates)
+    expected = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+    assert (sinusoidal_table(16, 768) - expected).abs().max() <= 2**-52  # libraries' sines differ in the last bit
+
+
+def test_weights_that_are_not_finite(tmp_path, model):
+    broken = copy.deepcopy(model)
+    broken.encoder.blocks[0].mlp.fc1.bias.data[3] = float("nan")
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"encoder\.blocks\.0\.mlp\.fc1\.bias"):
+        VidTwinModel.from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -481,6 +499,33 @@ def test_bad_pairs(model, video):
         model.reenact(video, video[..., :16])
     with pytest.raises(TypeError, match="structure_from must be a floating-point"):
         model.reenact(video.int(), video)
+
+
+def test_the_emulated_precision_rounds_in_the_blocks_and_nowhere_else(model, video):
+    """Of goldens recorded in half precision; the model itself stays as it is."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rounded = with_rounded_blocks(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    seen = {}
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear) or name.endswith(("attn", "attn_temp")):
+            module.register_forward_hook(lambda m, args, output, name=name: seen.update({name: (args[0], output)}))
+    output = rounded(video).reconstruction
+
+    def is_rounded(value, dtype):
+        return torch.equal(value.to(dtype).to(value.dtype), value)
+
+    for name, values in seen.items():
+        dtype = torch.float16 if name.endswith(("qkv", "proj", "fc1", "fc2")) else torch.bfloat16
+        assert all(is_rounded(value, dtype) for value in values) == (".blocks." in name), name
+    assert (
+        sum(".blocks." in name for name in seen) == 4 * 8
+    )  # all layers and attentions of all blocks were called as modules
+    for name, value in rounded.state_dict().items():
+        is_linear = ".blocks." in name and not name.endswith("scale_shift_table")
+        assert torch.equal(value, before[name].half().float() if is_linear else before[name]), name
+    expected = model(video).reconstruction
+    assert 1e-4 < (output - expected).abs().max() < 0.1
 
 
 def test_a_golden_without_its_inputs_fails(tmp_path):
