@@ -166,15 +166,21 @@ def upsample_conv2d(hidden_states, weight, bias=None):
     return result.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def activate_and_convolve(conv, normed, dim=0):
-    """`conv(F.silu(normed))` for the result `normed` of a norm. Large ones go in slabs along axis `dim`, whose entries
-    `conv` treats independently: the activations then stay in the caches and need no memory of `normed`'s size."""
+def activate_and_convolve(conv, normed, dim=0, dropout=None):
+    """`conv(dropout(F.silu(normed)))` for the result `normed` of a norm. Large ones go in slabs along axis `dim`, whose
+    entries `conv` treats independently: activations then stay in the caches and need no memory of `normed`'s size."""
+
+    def run(part):
+        activated = F.silu(part)
+        return conv(activated if dropout is None else dropout(activated))
+
     size = normed.shape[dim]
     step = max(1, _SLAB_ELEMENTS * size // max(1, normed.numel()))
-    # Kernels rearrange the weights in every call.
-    if step >= size or conv.weight.numel() > 2 * _SLAB_ELEMENTS or not is_cpu_inference(normed):
-        return conv(F.silu(normed))
-    return torch.cat([conv(F.silu(part)) for part in normed.split(step, dim)], dim)
+    # Kernels rearrange the weights in every call. Random numbers are drawn as they are while gradients are recorded.
+    is_random = dropout is not None and dropout.training
+    if step >= size or is_random or conv.weight.numel() > 2 * _SLAB_ELEMENTS or not is_cpu_inference(normed):
+        return run(normed)
+    return torch.cat([run(part) for part in normed.split(step, dim)], dim)
 
 
 class FeatureMapConv2d(nn.Conv2d):

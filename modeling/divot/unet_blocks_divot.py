@@ -6,7 +6,7 @@ Notable:
   height * width) view of the temporal convolutions cost no copy.
 - Keys and values of the cross attentions depend on the condition only. They are computed by `project_context` once per
   sampling run and passed in.
-- Convolutions over few pixels run as one matrix product per kernel tap on the CPU (`ChannelsLastConv2d`).
+- On a CPU transformers and residual blocks run in slabs of frames or pixels (see `cpu_layers`).
 """
 
 from typing import NamedTuple
@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Feed-forward layers on the CPU run this many rows at a time: the intermediate then stays in the cache instead of
-# being written to freshly mapped memory (measured: 1.5-2x for 320 and 640 channels).
-_FEED_FORWARD_ROWS = 1024
-# Below this many output pixels the CPU convolution kernels spend most of their time on reordering weights.
-_TAP_PIXELS = 4096
+from ..cpu_layers import (
+    FeatureMapConv2d,
+    Linear,
+    activate_and_convolve,
+    add,
+    add_in_slabs,
+    gated_feed_forward,
+    is_cpu_inference,
+)
 
 
 class ContextKeyValues(NamedTuple):
@@ -34,31 +38,12 @@ class ContextKeyValues(NamedTuple):
     image_key: torch.Tensor | None
     image_value: torch.Tensor | None
 
-
-class ChannelsLastConv2d(nn.Conv2d):
-    """A Conv2d for channels-last feature maps with few pixels and wide channels.
-
-    In float32 on the CPU a map of at most 4096 pixels is convolved as a sum of matrix products, one per kernel tap.
-    With channels-last weights (`module.to(memory_format=torch.channels_last)`) no tap is copied.
-    """
-
-    def forward(self, hidden_states):
-        (stride_h, stride_w), (pad_h, pad_w) = self.stride, self.padding
-        batch, channels, height, width = hidden_states.shape
-        kernel_h, kernel_w = self.kernel_size
-        out_height = (height + 2 * pad_h - kernel_h) // stride_h + 1
-        out_width = (width + 2 * pad_w - kernel_w) // stride_w + 1
-        rows = batch * out_height * out_width
-        on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
-        if not on_cpu or rows > _TAP_PIXELS:
-            return super().forward(hidden_states)
-        padded = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, pad_w, pad_w, pad_h, pad_h))
-        result = self.bias.repeat(rows, 1)
-        for i in range(kernel_h):
-            for j in range(kernel_w):
-                tap = padded[:, i : i + stride_h * out_height : stride_h, j : j + stride_w * out_width : stride_w]
-                result.addmm_(tap.reshape(rows, channels), self.weight[:, :, i, j].t())
-        return result.view(batch, out_height, out_width, self.out_channels).permute(0, 3, 1, 2)
+    def of_frames(self, frames, num_frames):
+        """What `frames`, a slice of the `num_frames` frames of every sample, need."""
+        if self.image_key is None or self.image_key.shape[0] == self.text_key.shape[0]:
+            return self
+        image = (x.unflatten(0, (-1, num_frames))[:, frames].flatten(0, 1) for x in (self.image_key, self.image_value))
+        return ContextKeyValues(self.text_key, self.text_value, *image)
 
 
 def _to_frame_axis(hidden_states, num_frames):
@@ -81,16 +66,16 @@ class DivotTemporalConv(nn.Module):
         super().__init__()
         for i in range(1, 5):
             setattr(self, f"norm{i}", nn.GroupNorm(norm_num_groups, channels, eps=1e-5))
-            setattr(self, f"conv{i}", ChannelsLastConv2d(channels, channels, (3, 1), padding=(1, 0)))
+            setattr(self, f"conv{i}", FeatureMapConv2d(channels, channels, (3, 1), padding=(1, 0)))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states, num_frames):
         height, width = hidden_states.shape[-2:]
         residual = _to_frame_axis(hidden_states, num_frames)
-        x = self.conv1(F.silu(self.norm1(residual), inplace=True))
-        x = self.conv2(self.dropout(F.silu(self.norm2(x), inplace=True)))
-        x = self.conv3(self.dropout(F.silu(self.norm3(x), inplace=True)))
-        x = self.conv4(self.dropout(F.silu(self.norm4(x), inplace=True)))
+        x = activate_and_convolve(self.conv1, self.norm1(residual), dim=3)
+        x = activate_and_convolve(self.conv2, self.norm2(x), dim=3, dropout=self.dropout)
+        x = activate_and_convolve(self.conv3, self.norm3(x), dim=3, dropout=self.dropout)
+        x = activate_and_convolve(self.conv4, self.norm4(x), dim=3, dropout=self.dropout)
         return _from_frame_axis(residual + x, height, width)
 
 
@@ -100,25 +85,25 @@ class DivotResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, time_embed_dim, dropout, norm_num_groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-5)
-        self.conv1 = ChannelsLastConv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = FeatureMapConv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = ChannelsLastConv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = FeatureMapConv2d(out_channels, out_channels, 3, padding=1)
         # A 1x1 convolution, written as a linear layer on the channel axis.
-        self.conv_shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
+        self.conv_shortcut = Linear(in_channels, out_channels) if in_channels != out_channels else None
         self.temporal_conv = DivotTemporalConv(out_channels, dropout, norm_num_groups)
 
     def forward(self, hidden_states, activated_time_embedding, num_frames):
         """`hidden_states` (batch * num_frames, in_channels, height, width); `activated_time_embedding` is SiLU of the
         conditioning (batch, time_embed_dim)."""
-        x = self.conv1(F.silu(self.norm1(hidden_states), inplace=True))
-        shift = self.time_emb_proj(activated_time_embedding).repeat_interleave(num_frames, dim=0)
-        x = x + shift[:, :, None, None]
-        x = self.conv2(self.dropout(F.silu(self.norm2(x), inplace=True)))
+        shift = self.time_emb_proj(activated_time_embedding).repeat_interleave(num_frames, dim=0)[:, :, None, None]
+        x = activate_and_convolve(self.conv1, self.norm1(hidden_states))
+        shifted = x + shift
+        x = activate_and_convolve(self.conv2, self.norm2(shifted), dropout=self.dropout)
         if self.conv_shortcut is not None:
             hidden_states = self.conv_shortcut(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.temporal_conv(hidden_states + x, num_frames)
+        return self.temporal_conv(add(hidden_states, x, memory=shifted), num_frames)
 
 
 class DivotSelfAttention(nn.Module):
@@ -128,10 +113,10 @@ class DivotSelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         inner_dim = num_heads * head_dim
-        self.to_q = nn.Linear(dim, inner_dim, bias=False)
-        self.to_k = nn.Linear(dim, inner_dim, bias=False)
-        self.to_v = nn.Linear(dim, inner_dim, bias=False)
-        self.to_out = nn.Linear(inner_dim, dim)
+        self.to_q = Linear(dim, inner_dim, bias=False)
+        self.to_k = Linear(dim, inner_dim, bias=False)
+        self.to_v = Linear(dim, inner_dim, bias=False)
+        self.to_out = Linear(inner_dim, dim)
 
     def forward(self, hidden_states):
         query, key, value = (
@@ -156,13 +141,13 @@ class DivotCrossAttention(nn.Module):
         self.num_text_context_tokens = num_text_context_tokens
         self.num_image_frame_tokens = num_image_frame_tokens
         inner_dim = num_heads * head_dim
-        self.to_q = nn.Linear(dim, inner_dim, bias=False)
-        self.to_k = nn.Linear(cross_attention_dim, inner_dim, bias=False)
-        self.to_v = nn.Linear(cross_attention_dim, inner_dim, bias=False)
-        self.to_k_image = nn.Linear(cross_attention_dim, inner_dim, bias=False)
-        self.to_v_image = nn.Linear(cross_attention_dim, inner_dim, bias=False)
+        self.to_q = Linear(dim, inner_dim, bias=False)
+        self.to_k = Linear(cross_attention_dim, inner_dim, bias=False)
+        self.to_v = Linear(cross_attention_dim, inner_dim, bias=False)
+        self.to_k_image = Linear(cross_attention_dim, inner_dim, bias=False)
+        self.to_v_image = Linear(cross_attention_dim, inner_dim, bias=False)
         self.alpha = nn.Parameter(torch.zeros(()))
-        self.to_out = nn.Linear(inner_dim, dim)
+        self.to_out = Linear(inner_dim, dim)
 
     def project_context(self, encoder_hidden_states, num_frames):
         """Keys and values for `encoder_hidden_states` (batch, num_tokens, cross_attention_dim)."""
@@ -199,109 +184,115 @@ class DivotCrossAttention(nn.Module):
 
 
 class DivotFeedForward(nn.Module):
-    """GEGLU: out(value(x) * gelu(gate(x))), four times wider inside."""
+    """GEGLU: out(value(x) * gelu(gate(x))), four times wider inside. Without dropout, as in the original."""
 
-    def __init__(self, dim, dropout):
+    def __init__(self, dim):
         super().__init__()
         self.value = nn.Linear(dim, 4 * dim)
         self.gate = nn.Linear(dim, 4 * dim)
-        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(4 * dim, dim)
 
-    def _rows(self, hidden_states):
-        return self.out(self.dropout(self.value(hidden_states) * F.gelu(self.gate(hidden_states))))
-
     def forward(self, hidden_states):
-        if hidden_states.device.type != "cpu":
-            return self._rows(hidden_states)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).split(_FEED_FORWARD_ROWS)
-        return torch.cat([self._rows(part) for part in rows]).view(hidden_states.shape)
+        layers = (self.value, self.gate, self.out)
+        # Adapters (LoRA) replace linear layers by ones that have to be called; layerwise casting changes weights' dtype.
+        is_plain = all(type(x) is nn.Linear and x.weight.dtype == hidden_states.dtype for x in layers)
+        if is_plain and is_cpu_inference(hidden_states):
+            return gated_feed_forward(hidden_states, *((layer.weight, layer.bias) for layer in layers))
+        return self.out(self.value(hidden_states) * F.gelu(self.gate(hidden_states)))
 
 
 class DivotSpatialTransformerLayer(nn.Module):
     """Self attention within a frame, cross attention to the condition, feed forward; each pre-norm with a residual."""
 
-    def __init__(self, dim, num_heads, head_dim, dropout, **context):
+    def __init__(self, dim, num_heads, head_dim, **context):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = DivotSelfAttention(dim, num_heads, head_dim)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = DivotCrossAttention(dim, num_heads, head_dim, **context)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = DivotFeedForward(dim, dropout)
+        self.ff = DivotFeedForward(dim)
 
     def forward(self, hidden_states, context):
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
-        return hidden_states + self.ff(self.norm3(hidden_states))
+        hidden_states = add(hidden_states, self.attn2(self.norm2(hidden_states), context), memory=hidden_states)
+        return add(hidden_states, self.ff(self.norm3(hidden_states)), memory=hidden_states)
 
 
 class DivotTemporalTransformerLayer(nn.Module):
     """Two self attentions over the frames of one pixel and a feed forward. No position is marked along time."""
 
-    def __init__(self, dim, num_heads, head_dim, dropout):
+    def __init__(self, dim, num_heads, head_dim):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = DivotSelfAttention(dim, num_heads, head_dim)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = DivotSelfAttention(dim, num_heads, head_dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = DivotFeedForward(dim, dropout)
+        self.ff = DivotFeedForward(dim)
 
     def forward(self, hidden_states):
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states))
-        return hidden_states + self.ff(self.norm3(hidden_states))
+        hidden_states = add(hidden_states, self.attn2(self.norm2(hidden_states)), memory=hidden_states)
+        return add(hidden_states, self.ff(self.norm3(hidden_states)), memory=hidden_states)
 
 
 class DivotSpatialTransformer(nn.Module):
     """Transformer over the pixels of each frame."""
 
-    def __init__(self, channels, num_heads, head_dim, num_layers, dropout, norm_num_groups, **context):
+    def __init__(self, channels, num_heads, head_dim, num_layers, norm_num_groups, **context):
         super().__init__()
         inner_dim = num_heads * head_dim
         self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner_dim)
+        self.proj_in = Linear(channels, inner_dim)
         self.layers = nn.ModuleList(
-            DivotSpatialTransformerLayer(inner_dim, num_heads, head_dim, dropout, **context) for _ in range(num_layers)
+            DivotSpatialTransformerLayer(inner_dim, num_heads, head_dim, **context) for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(inner_dim, channels)
+        self.proj_out = Linear(inner_dim, channels)
 
     def project_context(self, encoder_hidden_states, num_frames):
         """One `ContextKeyValues` per layer."""
         return tuple(layer.attn2.project_context(encoder_hidden_states, num_frames) for layer in self.layers)
 
     def forward(self, hidden_states, contexts):
-        height, width = hidden_states.shape[-2:]
-        residual = hidden_states
-        tokens = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.proj_in(tokens)
-        for layer, context in zip(self.layers, contexts, strict=True):
-            tokens = layer(tokens, context)
-        tokens = self.proj_out(tokens).unflatten(1, (height, width))
-        return residual + tokens.permute(0, 3, 1, 2)
+        batch = contexts[0].text_key.shape[0]
+        clips = hidden_states.unflatten(0, (batch, -1)).transpose(1, 2)  # batch, channels, num_frames, height, width
+        num_frames = clips.shape[2]
+
+        def transform(part, start):
+            frames = part.transpose(1, 2).flatten(0, 1)
+            tokens = self.norm(frames).permute(0, 2, 3, 1).flatten(1, 2)
+            tokens = self.proj_in(tokens)
+            for layer, context in zip(self.layers, contexts, strict=True):
+                tokens = layer(tokens, context.of_frames(slice(start, start + part.shape[2]), num_frames))
+            return self.proj_out(tokens).view(batch, -1, *part.shape[3:], part.shape[1]).permute(0, 4, 1, 2, 3)
+
+        return add_in_slabs(transform, clips, clips, dim=2).transpose(1, 2).flatten(0, 1)
 
 
 class DivotTemporalTransformer(nn.Module):
     """Transformer over the frames of each pixel; its group norm sees all frames of a sample at once."""
 
-    def __init__(self, channels, num_heads, head_dim, num_layers, dropout, norm_num_groups):
+    def __init__(self, channels, num_heads, head_dim, num_layers, norm_num_groups):
         super().__init__()
         inner_dim = num_heads * head_dim
         self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner_dim)
+        self.proj_in = Linear(channels, inner_dim)
         self.layers = nn.ModuleList(
-            DivotTemporalTransformerLayer(inner_dim, num_heads, head_dim, dropout) for _ in range(num_layers)
+            DivotTemporalTransformerLayer(inner_dim, num_heads, head_dim) for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(inner_dim, channels)
+        self.proj_out = Linear(inner_dim, channels)
 
     def forward(self, hidden_states, num_frames):
         height, width = hidden_states.shape[-2:]
-        residual = _to_frame_axis(hidden_states, num_frames)
-        batch, channels, _, pixels = residual.shape
-        tokens = self.norm(residual).permute(0, 3, 2, 1).reshape(batch * pixels, num_frames, channels)
-        tokens = self.proj_in(tokens)
-        for layer in self.layers:
-            tokens = layer(tokens)
-        tokens = self.proj_out(tokens).view(batch, pixels, num_frames, channels)
-        return _from_frame_axis(residual + tokens.permute(0, 3, 2, 1), height, width)
+        residual = _to_frame_axis(hidden_states, num_frames)  # batch, channels, num_frames, pixels
+
+        def transform(part, start):
+            batch, channels, _, pixels = part.shape
+            tokens = part.permute(0, 3, 2, 1).reshape(batch * pixels, num_frames, channels)
+            tokens = self.proj_in(tokens)
+            for layer in self.layers:
+                tokens = layer(tokens)
+            return self.proj_out(tokens).view(batch, pixels, num_frames, channels).permute(0, 3, 2, 1)
+
+        return _from_frame_axis(add_in_slabs(transform, self.norm(residual), residual, dim=3), height, width)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..cpu_layers import FeatureMapConv2d, can_upsample_by_phases, upsample_conv2d
+from ..outputs import VideoUNetOutput
 from .unet_blocks_divot import (
-    ChannelsLastConv2d,
     ContextKeyValues,
     DivotResnetBlock,
     DivotSpatialTransformer,
@@ -39,8 +39,8 @@ class DivotUNetBlock(nn.Module):
                 spatial, temporal = attention(out_channels)
                 self.attentions.append(spatial)
                 self.temporal_attentions.append(temporal)
-        self.downsample = ChannelsLastConv2d(out_channels, out_channels, 3, 2, 1) if resample == "down" else None
-        self.upsample = ChannelsLastConv2d(out_channels, out_channels, 3, padding=1) if resample == "up" else None
+        self.downsample = FeatureMapConv2d(out_channels, out_channels, 3, 2, 1) if resample == "down" else None
+        self.upsample = FeatureMapConv2d(out_channels, out_channels, 3, padding=1) if resample == "up" else None
 
 
 class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
@@ -63,7 +63,7 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
             for clips of 3 frames.
         fs_conditioning: add an embedding of the frame stride to the time embedding.
         default_fs: frame stride used when `forward` gets none.
-        dropout: dropout inside residual blocks, temporal convolutions and feed-forward layers while training.
+        dropout: dropout inside residual blocks and temporal convolutions while training (transformers have none).
         norm_num_groups: groups of every group norm.
 
     Raises:
@@ -105,7 +105,6 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
                 "num_heads": channels // attention_head_dim,
                 "head_dim": attention_head_dim,
                 "num_layers": transformer_layers_per_block,
-                "dropout": dropout,
                 "norm_num_groups": norm_num_groups,
             }
             spatial = DivotSpatialTransformer(
@@ -120,13 +119,12 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(base, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(base, time_embed_dim)
         self.fs_embedding = TimestepEmbedding(base, time_embed_dim) if fs_conditioning else None
-        self.conv_in = ChannelsLastConv2d(in_channels, base, 3, padding=1)
+        self.conv_in = FeatureMapConv2d(in_channels, base, 3, padding=1)
         self.transformer_in = DivotTemporalTransformer(
             base,
             num_heads=transformer_in_num_heads,
             head_dim=attention_head_dim,
             num_layers=transformer_layers_per_block,
-            dropout=dropout,
             norm_num_groups=norm_num_groups,
         )
 
@@ -155,9 +153,8 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
             self.up_blocks.append(DivotUNetBlock(ins, width, kind, "up" if level else None, *common))
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, base, eps=1e-5)
-        self.conv_out = ChannelsLastConv2d(base, out_channels, 3, padding=1)
+        self.conv_out = FeatureMapConv2d(base, out_channels, 3, padding=1)
         self.gradient_checkpointing = False
-        self.to(memory_format=torch.channels_last)
 
     @staticmethod
     def _check_config(block_out_channels, attention_levels, attention_head_dim, norm_num_groups):
@@ -173,14 +170,6 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"{channels} channels do not divide into heads of attention_head_dim={attention_head_dim}"
                 )
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in `ModelMixin`; the convolution weights are put into channels-last memory, which saves a copy of every
-        weight per forward on the CPU and is what GPU kernels want."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).to(memory_format=torch.channels_last)
-        return loaded
 
     @apply_forward_hook
     def project_context(
@@ -221,6 +210,13 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
             embedding = embedding + self.fs_embedding(self.time_proj(expand(fs)).to(sample.dtype))
         return F.silu(embedding)
 
+    @staticmethod
+    def _upsample(conv, hidden_states):
+        # Adapters (LoRA) replace the convolution by a layer that has to be called.
+        if type(conv) is FeatureMapConv2d and can_upsample_by_phases(hidden_states):
+            return upsample_conv2d(hidden_states, conv.weight, conv.bias)
+        return conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
     def _call(self, module, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(module, *args)
@@ -234,7 +230,7 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
         fs: torch.Tensor | int | None = None,
         context_key_values: tuple[tuple[ContextKeyValues, ...], ...] | None = None,
         return_dict: bool = True,
-    ) -> UNet3DConditionOutput | tuple[torch.Tensor]:
+    ) -> VideoUNetOutput | tuple[torch.Tensor]:
         """Predicts v for noisy latents.
 
         Args:
@@ -247,7 +243,7 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
             return_dict: return an output object instead of a tuple.
 
         Returns:
-            `UNet3DConditionOutput` with `sample` (batch, out_channels, num_frames, height, width).
+            `VideoUNetOutput` with `sample` (batch, out_channels, num_frames, height, width).
 
         Raises:
             ValueError: shapes that do not fit, or neither or both forms of the condition given.
@@ -298,10 +294,10 @@ class DivotUNet3DConditionModel(ModelMixin, ConfigMixin):
                     hidden_states = self._call(block.attentions[i], hidden_states, next(contexts))
                     hidden_states = self._call(block.temporal_attentions[i], hidden_states, num_frames)
             if block.upsample is not None:
-                hidden_states = block.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+                hidden_states = self._upsample(block.upsample, hidden_states)
 
-        hidden_states = self.conv_out(F.silu(self.conv_norm_out(hidden_states), inplace=True))
+        hidden_states = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
         hidden_states = hidden_states.unflatten(0, (batch, num_frames)).transpose(1, 2)
         if not return_dict:
             return (hidden_states,)
-        return UNet3DConditionOutput(sample=hidden_states)
+        return VideoUNetOutput(sample=hidden_states)

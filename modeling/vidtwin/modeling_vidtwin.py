@@ -29,6 +29,8 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.utils import ModelOutput
 
+from ...errors import CheckpointError
+from ..cpu_layers import Linear
 from .configuration_vidtwin import VidTwinConfig
 
 _NORM_EPS = 1e-6
@@ -122,9 +124,10 @@ class VidTwinOutput(ModelOutput):
 
 def sinusoidal_table(length, width):
     """Position table (length, width), float64: sines, then cosines, of position / 10000^(i / (width / 2))."""
-    # Explicitly on the CPU: models are built on the meta device when they are loaded.
-    rates = 10000.0 ** (torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
-    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] / rates
+    # Explicitly on the CPU: models are built on the meta device when they are loaded. Multiplied by the inverse, as the
+    # published tables are, to the last bit.
+    rates = 1 / 10000.0 ** (torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -148,7 +151,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class VidTwinLinear(nn.Linear):
+class VidTwinLinear(Linear):
     """A linear layer of the trunk, told apart from others by its initialisation: Xavier, or zero, and no bias."""
 
     def __init__(self, in_features, out_features, starts_at_zero=False):
@@ -372,6 +375,21 @@ class VidTwinPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As of transformers' `PreTrainedModel`.
+
+        Raises:
+            CheckpointError: weights are NaN or infinite; they are named.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        present = (item for item in model.named_parameters() if item[1].device.type != "meta")
+        bad = [name for name, value in present if not value.isfinite().all()]
+        if bad:
+            raise CheckpointError(f"{len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:5])}")
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module):

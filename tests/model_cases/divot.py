@@ -71,8 +71,7 @@ def unet(**changes):
         "num_image_frame_tokens": 3,
         "norm_num_groups": 8,
     }
-    model = scramble(DivotUNet3DConditionModel(**(config | changes)), seed=1)
-    return model.to(memory_format=torch.channels_last)
+    return scramble(DivotUNet3DConditionModel(**(config | changes)), seed=1)
 
 
 def resampler():
