@@ -8,10 +8,12 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .checkpoints import load_strict, read_checkpoints, take_prefix, write_report
+from .mapping import shorten
 from .releases import License, Release
 from .video_lavit_llm import CARDS_LLM, COMPONENTS_LLM, RELEASES_LLM, card_facts_llm, convert_llm, manifest_parts_llm
 from .video_lavit_parts import (
     COMPONENTS_PARTS,
+    KEYFRAME_SCHEDULER,
     OriginalFolder,
     build,
     keyframe_decoder_arguments,
@@ -149,7 +151,7 @@ def card_facts(release):
     if release.name == MOTION:
         facts.append(("Input", "24 maps of 20 x 36 cells, x and y, at 6 frames per second (4 seconds)"))
         facts.append(("Codes", "3 x 5 x 9 = 135 per clip, codebook of 1,024 codes of 32 numbers"))
-    images = release.name == IMAGE_DETOKENIZER
+    images = release.name == IMAGE_DETOKENIZER or release.config.get("kind") == "image_detokenizer"
     height, width = (512, 512) if images else (320, 576)
     return {
         "facts": facts,
@@ -193,17 +195,19 @@ def convert(checkpoints, output, *, release=None, original_config=None, keep_tra
         raise ValueError(f"{', '.join(options)}: only for Video-LaVIT's language model")
     if keep_training_state:
         raise CheckpointError("Video-LaVIT's checkpoints hold no training state to keep")
+    left_out = {}
     if release is not None:
         converted = _CONVERTERS[release.name](OriginalFolder(checkpoints), output)
     else:
-        converted = _convert_own(kind, checkpoints, output, original_config)
-        release = _own_release(kind, checkpoints)
+        converted, left_out = _convert_own(kind, checkpoints, output, original_config)
+        release = _own_release(kind, checkpoints, left_out)
     write_report(
         output,
         system="video_lavit",
         release=release.name if release in RELEASES else None,
         checkpoint=[Path(path).name for path in checkpoints],
         converted_tensors={name: len(module.state_dict()) for name, module in converted.items()},
+        **({"left_out": left_out} if left_out else {}),
     )
     return release
 
@@ -298,6 +302,8 @@ _KEYS = {
     "language_model": ({"llama"}, {"architectures", "vocab_size"}),
     "visual_tokenizer": ({"eva", "n_code"},),
     "video_detokenizer": ({"motion_encoder", "unet", "vae"},),
+    "image_detokenizer": ({"decoder", "unet", "vae"},),
+    "eva_encoder": ({"embed_dim", "vision_cfg"},),
     "motion_tokenizer": ({"dim", "n_code", "num_frames"},),
     "motion_encoder": ({"dim", "out_channel"},),
     "keyframe_decoder": ({"in_chans", "embed_dim", "depth"},),
@@ -316,6 +322,13 @@ def _kind_of(original):
 
 
 def _convert_own(kind, checkpoints, output, original):
+    """(converted networks, {what was left out: number of tensors})."""
+    if kind == "eva_encoder":
+        raise CheckpointError(
+            "the original configuration is that of the image encoder alone, which is no model by itself. Give the "
+            'visual tokenizer\'s configuration, which holds this one: {"eva": {...}, "layers", "heads", "n_code", '
+            '"code_dim"}, and its second file, tokenizer_encoder.bin, beside eva_vitg_psz14.bin'
+        )
     source = ", ".join(str(path) for path in checkpoints)
     tensors = read_checkpoints(checkpoints)
 
@@ -324,20 +337,13 @@ def _convert_own(kind, checkpoints, output, original):
 
     try:
         if kind == "visual_tokenizer":
-            # The encoder comes below `encoder.`, or from its own file under bare names.
-            bare = COMPONENTS["eva_encoder"]()
-            own = ("encoder.", "token_predictor.", "causal_encoder.", "quantize.", "encode_task_layer.", "vit_proj.")
-            encoder = {name: value for name, value in tensors.items() if not name.startswith(own)}
-            rest = {name: value for name, value in tensors.items() if name.startswith(own)}
-            arguments = visual_tokenizer_arguments(original)
-            if not any(name.startswith("vit_proj.") for name in rest):
-                arguments.pop("projection_dim", None)
-            model = fill(kind, arguments, {**bare.to_hf(encoder), **rest})
-            return _save_visual_tokenizer(model, output)
+            return _save_visual_tokenizer(_fill_visual_tokenizer(original, tensors, fill), output), {}
         if kind == "motion_tokenizer":
-            return _save_motion_tokenizer(fill(kind, motion_tokenizer_arguments(original), tensors), output)
+            return _save_motion_tokenizer(fill(kind, motion_tokenizer_arguments(original), tensors), output), {}
         if kind == "video_detokenizer":
-            return _convert_own_detokenizer(original, tensors, fill, output)
+            return _convert_own_detokenizer(original, tensors, fill, output), {}
+        if kind == "image_detokenizer":
+            return _convert_own_image_detokenizer(original, tensors, fill, output)
         arguments = {
             "motion_encoder": motion_encoder_arguments,
             "keyframe_decoder": keyframe_decoder_arguments,
@@ -347,7 +353,19 @@ def _convert_own(kind, checkpoints, output, original):
         raise CheckpointError(f"original configuration: {error} is missing") from error
     model = fill(kind, arguments, tensors)
     model.save_pretrained(output)
-    return {kind: model}
+    return {kind: model}, {}
+
+
+def _fill_visual_tokenizer(original, tensors, fill):
+    # The encoder comes below `encoder.`, or from its own file under bare names.
+    bare = COMPONENTS["eva_encoder"]()
+    own = ("encoder.", "token_predictor.", "causal_encoder.", "quantize.", "encode_task_layer.", "vit_proj.")
+    encoder = {name: value for name, value in tensors.items() if not name.startswith(own)}
+    rest = {name: value for name, value in tensors.items() if name.startswith(own)}
+    arguments = visual_tokenizer_arguments(original)
+    if not any(name.startswith("vit_proj.") for name in rest):
+        arguments.pop("projection_dim", None)
+    return fill("visual_tokenizer", arguments, {**bare.to_hf(encoder), **rest})
 
 
 def _unet_arguments(original):
@@ -375,22 +393,79 @@ def _convert_own_detokenizer(original, tensors, fill, output):
     return _save_pipeline(output, scheduler=scheduler, **modules)
 
 
-def _own_release(kind, checkpoints):
+_CODEBOOK = "quantize.embedding.weight"
+_CODEBOOK_ALONE = (
+    "The checkpoint holds the codebook of a visual tokenizer, not the tokenizer, so this folder has none. Load it with "
+    "`from_pretrained(folder, visual_tokenizer=...)`."
+)
+
+
+def _convert_own_image_detokenizer(original, tensors, fill, output):
+    """Decoder, U-Net, VAE and scheduler, and the visual tokenizer where the checkpoint and the configuration have it.
+
+    What the authors keep beside the decoder may be no more than the tokenizer's codebook: that alone makes no model,
+    it is left out.
+    """
+    from ..modeling.video_lavit.image_processing_video_lavit import VideoLavitImageProcessor
+
+    visual = take_prefix(tensors, "visual_tokenizer.")
+    modules = {
+        "keyframe_decoder": fill(
+            "keyframe_decoder",
+            keyframe_decoder_arguments(original["decoder"]),
+            take_prefix(tensors, "tokenizer_decoder."),
+        ),
+        "keyframe_unet": fill("keyframe_unet", _unet_arguments(original["unet"]), take_prefix(tensors, "unet.")),
+        "keyframe_vae": fill("keyframe_vae", _unet_arguments(original["vae"]), take_prefix(tensors, "vae.")),
+    }
+    if tensors:
+        raise CheckpointError(f"tensors that no part of the keyframe de-tokenizer takes: {shorten(sorted(tensors))}")
+    left_out = {}
+    if "visual_tokenizer" in original:
+        modules["visual_tokenizer"] = _fill_visual_tokenizer(original["visual_tokenizer"], visual, fill)
+        modules["image_processor"] = VideoLavitImageProcessor(modules["visual_tokenizer"].config.image_size)
+    elif set(visual) <= {_CODEBOOK}:
+        left_out = {f"visual_tokenizer.{name}": 1 for name in visual}
+    else:
+        raise CheckpointError(
+            "the checkpoint holds a visual tokenizer; its configuration (`visual_tokenizer`) is missing from the original "
+            "configuration"
+        )
+    return _save_pipeline(output, keyframe_scheduler=_keyframe_scheduler(original), **modules), left_out
+
+
+def _keyframe_scheduler(original):
+    """The scheduler a configuration names: `scheduler` (with its class, as the authors' file has it), else the one of
+    `scheduler_ddim` and `scheduler_euler_ancestral` that is there, DDIM first."""
+    from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+
+    given = original.get("scheduler", {})
+    ancestral = given.get("_class_name", given.get("class")) == "EulerAncestralDiscreteScheduler"
+    if not given:
+        ancestral = "scheduler_euler_ancestral" in original and "scheduler_ddim" not in original
+        given = original.get("scheduler_euler_ancestral" if ancestral else "scheduler_ddim", KEYFRAME_SCHEDULER)
+    return (EulerAncestralDiscreteScheduler if ancestral else DDIMScheduler).from_config(given)
+
+
+def _own_release(kind, checkpoints, left_out=()):
     name = Path(checkpoints[0]).stem
-    template = {"visual_tokenizer": VISUAL, "motion_tokenizer": MOTION}.get(kind, VIDEO_DETOKENIZER)
+    template = {"visual_tokenizer": VISUAL, "motion_tokenizer": MOTION, "image_detokenizer": IMAGE_DETOKENIZER}.get(
+        kind, VIDEO_DETOKENIZER
+    )
     card = next(release.card for release in RELEASES_TOKENIZERS if release.name == template)
     return Release(
         name=name,
         system="video_lavit",
         hub_id="",
         files=[Path(path).name for path in checkpoints],
-        config={},
+        config={"kind": kind},
         card=card,
-        pipeline_tag="video-to-video",
+        pipeline_tag="image-to-image" if kind == "image_detokenizer" else "video-to-video",
         license=License(
             "other", "not stated", remark="State the licence of these weights here before publishing them."
         ),
         paper=_PAPER,
         title=f"Video-LaVIT {kind.replace('_', ' ')}, converted from {name}",
         limits=("Converted from a checkpoint that is not one of the published releases; its quality is not known.",),
+        notes=(_CODEBOOK_ALONE,) if left_out else (),
     )

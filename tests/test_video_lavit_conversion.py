@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from card_snippets import python_blocks
-from golden_kinds import plain_file
+from golden_kinds import load_tensors, plain_file
 from model_cases import video_lavit as cases
 from moving_clips import moving_clip, moving_frames
 from safetensors.torch import save_file
@@ -237,6 +237,64 @@ def test_a_given_configuration_is_not_mixed_with_the_released_one():
     arguments = parts.visual_tokenizer_arguments(original)
     # The merger's ratio is written into the original's code.
     assert (arguments["intermediate_size"], arguments["merger_intermediate_size"]) == (32, int(16 * 4.3637))
+
+
+@torch.no_grad()
+def test_an_image_detokenizer_converts_with_its_original_configuration(tmp_path):
+    golden = GOLDENS / "image_detokenizer"
+    config = json.loads((golden / "config.json").read_text())
+    weights = plain_file(golden / "weights.safetensors", tmp_path)
+    output = convert_quietly(weights, tmp_path / "out", original_config=golden / "config.json")
+    report = json.loads((output / "conversion.json").read_text())
+    assert report["left_out"] == {"visual_tokenizer.quantize.embedding.weight": 1}
+    card = (output / "README.md").read_text()
+    assert "the codebook of a visual tokenizer" in card and "reconstruct_images" in card
+    loaded = VideoLavitReconstructionPipeline.from_pretrained(output)
+    assert type(loaded.keyframe_scheduler).__name__ == "DDIMScheduler" and loaded.visual_tokenizer is None
+    recorded = {k: v.float() for k, v in load_tensors(golden / "weights.safetensors.xz").items()}
+    for part, prefix in (
+        ("keyframe_decoder", "tokenizer_decoder."),
+        ("keyframe_unet", "unet."),
+        ("keyframe_vae", "vae."),
+    ):
+        state = getattr(loaded, part).state_dict()
+        assert state and all(torch.equal(value.float(), recorded[prefix + name]) for name, value in state.items())
+
+    # With a tokenizer in the checkpoint and its configuration the folder is whole, and runs.
+    decoder = config["decoder"]
+    vision = {
+        "image_size": decoder["img_size"] // decoder["patch_size"] * 14,
+        "layers": 1,
+        "width": 16,
+        "head_width": 8,
+        "mlp_ratio": 2.0,
+        "patch_size": 14,
+    }
+    eva = {"embed_dim": 4, "vision_cfg": vision}
+    config["visual_tokenizer"] = {"eva": eva, "layers": 1, "heads": 2, "n_code": 50, "code_dim": decoder["in_chans"]}
+    config["scheduler"] = {"_class_name": "EulerAncestralDiscreteScheduler", **config["scheduler_euler_ancestral"]}
+    visual = cases.tiny("visual_tokenizer", parts.visual_tokenizer_arguments(config["visual_tokenizer"])).state_dict()
+    save_file(
+        {**load_tensors(weights), **{f"visual_tokenizer.{k}": v for k, v in visual.items()}}, tmp_path / "w.safetensors"
+    )
+    output = convert_quietly(tmp_path / "w.safetensors", tmp_path / "whole", original_config=config)
+    loaded = VideoLavitReconstructionPipeline.from_pretrained(output)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.keyframe_scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    options = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "pt"}
+    assert loaded.reconstruct_images(cases.images(1), **options).images.shape == (1, 3, 32, 32)
+    del config["visual_tokenizer"]
+    with pytest.raises(CheckpointError, match="configuration .* is missing"):
+        convert_quietly(tmp_path / "w.safetensors", tmp_path / "no", original_config=config)
+    save_file({**load_tensors(weights), "more": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="no part of the keyframe de-tokenizer takes: more"):
+        convert_quietly(tmp_path / "w.safetensors", tmp_path / "no", original_config=config)
+
+
+def test_an_encoder_alone_is_refused_with_what_is_missing(tmp_path):
+    weights = plain_file(GOLDENS / "eva_encoder/weights.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="no model by itself.*tokenizer_encoder.bin"):
+        convert_quietly(weights, tmp_path / "out", original_config=GOLDENS / "eva_encoder/config.json")
 
 
 def test_image_processor_is_found_by_the_auto_class(tmp_path):
