@@ -10,6 +10,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..cpu_layers import Linear
 from .layers_video_lavit import Mlp, task_layer
 
 _NORM_EPS = 1e-5
@@ -38,8 +39,8 @@ class QuerySelfAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, hidden_states):
         query, key, value = (_heads(part, self.num_heads) for part in self.qkv(hidden_states).chunk(3, dim=-1))
@@ -51,10 +52,10 @@ class TokenCrossAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, hidden_states, tokens, bias):
         query = _heads(self.query(hidden_states), self.num_heads)
@@ -86,10 +87,10 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(torch.randn(num_positions + 1, dim) * dim**-0.5)
-        self.k_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.c_proj = nn.Linear(dim, out_dim)
+        self.k_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.c_proj = Linear(dim, out_dim)
 
     def forward(self, features):
         features = torch.cat([features.mean(dim=1, keepdim=True), features], dim=1) + self.positional_embedding
@@ -133,7 +134,7 @@ class VideoLavitKeyframeDecoder(ModelMixin, ConfigMixin):
         pooled_dim: int = 1280,
     ):
         super().__init__()
-        self.in_proj = nn.Linear(in_channels, hidden_size)
+        self.in_proj = Linear(in_channels, hidden_size)
         self.pos_embed = nn.Parameter(torch.randn(1, num_queries, hidden_size) * 0.02)
         self.query_embed = nn.Parameter(torch.randn(1, num_queries, hidden_size) * 0.02)
         self.blocks = nn.ModuleList(
@@ -141,8 +142,8 @@ class VideoLavitKeyframeDecoder(ModelMixin, ConfigMixin):
         )
         self.norm = FP32LayerNorm(hidden_size, eps=_NORM_EPS)
         self.decode_task_layer = task_layer(hidden_size, feature_dim)
-        self.unet_proj_1 = nn.Linear(feature_dim, prompt_dim)
-        self.unet_proj_2 = nn.Linear(feature_dim, pooled_dim)
+        self.unet_proj_1 = Linear(feature_dim, prompt_dim)
+        self.unet_proj_2 = Linear(feature_dim, pooled_dim)
         self.unet_attnpool = AttentionPool(num_queries, feature_dim, num_attention_heads, pooled_dim)
         self.gradient_checkpointing = False
 

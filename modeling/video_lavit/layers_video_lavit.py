@@ -5,14 +5,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..cpu_layers import Linear, linear
+
 
 class Mlp(nn.Module):
     """Linear, exact GELU, Linear."""
 
     def __init__(self, dim, hidden_dim):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, hidden_states):
         return self.fc2(F.gelu(self.fc1(hidden_states)))
@@ -24,15 +26,18 @@ class FusedQKV(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, hidden_states):
         """(..., dim) -> (..., 3, num_heads, head_dim)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(hidden_states, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        # Adapters (LoRA) replace the linear layer by one that has to be called.
+        is_plain = type(self.qkv) is Linear
+        projected = linear(hidden_states, self.qkv.weight, bias) if is_plain else self.qkv(hidden_states) + bias
+        return projected.unflatten(-1, (3, self.num_heads, -1))
 
 
 class SpatialAttention(FusedQKV):
@@ -139,4 +144,4 @@ class VectorQuantizer(nn.Module):
 
 def task_layer(dim, out_dim):
     """Linear, Tanh, Linear between a transformer and a code space; the middle has no weights, so names are 0 and 2."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, out_dim))
+    return nn.Sequential(Linear(dim, dim), nn.Tanh(), Linear(dim, out_dim))

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from ..cpu_layers import Linear
 from .configuration_video_lavit import VideoLavitVisualTokenizerConfig
 from .layers_video_lavit import FusedQKV, Mlp, VectorQuantizer, task_layer
 
@@ -132,7 +133,7 @@ class EvaVisionEncoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_positions + 1, config.hidden_size))
         self.blocks = nn.ModuleList([EvaBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.clip_embedding_size)
+        self.head = Linear(config.hidden_size, config.clip_embedding_size)
 
     def forward(self, pixel_values):
         """Pixels (batch, channels, side, side) -> (batch, 1 + num_positions, hidden_size), class token first."""
@@ -152,9 +153,9 @@ class TokenSelector(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=_MERGER_NORM_EPS), nn.Linear(dim, dim), nn.GELU())
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=_MERGER_NORM_EPS), Linear(dim, dim), nn.GELU())
         self.out_conv = nn.Sequential(
-            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
+            Linear(dim, dim // 2), nn.GELU(), Linear(dim // 2, dim // 4), nn.GELU(), Linear(dim // 4, 2)
         )
 
     def forward(self, features):
@@ -181,8 +182,8 @@ class MergerSelfAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, hidden_states, mask):
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -195,10 +196,10 @@ class MergerCrossAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, hidden_states, features, mask):
         query, key, value = (
@@ -280,7 +281,7 @@ class VideoLavitVisualTokenizer(PreTrainedModel):
         self.encode_task_layer = task_layer(config.hidden_size, config.codebook_dim)
         self.vit_proj = None
         if config.projection_dim is not None:
-            self.vit_proj = nn.Linear(config.hidden_size, config.projection_dim)
+            self.vit_proj = Linear(config.hidden_size, config.projection_dim)
         self.post_init()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ...video.motion import resize_motion
+from ..cpu_layers import Linear
 from .layers_video_lavit import SpaceTimeBlock
 
 _NORM_EPS = 1e-5
@@ -52,7 +53,7 @@ class VideoLavitMotionEncoder(ModelMixin, ConfigMixin):
         num_frames: int | None = None,
     ):
         super().__init__()
-        self.in_proj = nn.Linear(in_channels, hidden_size)
+        self.in_proj = Linear(in_channels, hidden_size)
         self.pos_embed = nn.Parameter(torch.randn(1, grid_size**2, hidden_size) * 0.02)
         self.temp_pos = None
         if num_frames is not None:
@@ -64,7 +65,7 @@ class VideoLavitMotionEncoder(ModelMixin, ConfigMixin):
             ]
         )
         self.norm = FP32LayerNorm(hidden_size, eps=_NORM_EPS)
-        self.out_proj = nn.Linear(hidden_size, out_channels)
+        self.out_proj = Linear(hidden_size, out_channels)
         self.gradient_checkpointing = False
 
     def forward(self, motion, return_dict: bool = True):
