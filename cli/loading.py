@@ -45,8 +45,12 @@ def load_errors(path):
 
     try:
         yield
-    except (CheckpointError, CommandError):
+    except CommandError:
         raise
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: cannot be loaded ({reason})") from error

@@ -110,8 +110,8 @@ def names(folder):
 
 FLAGS = {
     "reconstruct": "--branch --chunk-frames --crop --device --dtype --end --fps --guidance-scale --height "
-    "--model --offload --only --output --picture --plot --sample --seed --size --start "
-    "--steps --tile-size --width",
+    "--model --motion-fps --offload --only --output --picture --plot --quantize-motion --raw-motion --sample "
+    "--seed --size --start --steps --tile-size --width",
     "tokenize": "--chunk-frames --crop --device --dtype --end --fps --model --output --sample --seed "
     "--size --start --tile-size",
     "detokenize": "--branch --device --dtype --fps --guidance-scale --height --model --output --seed "
