@@ -22,7 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
 # Up to this many output pixels of all maps together a convolution runs as matrix products.
 _MATRIX_PIXELS = 2048
@@ -74,6 +77,17 @@ def _onednn_linear():
     if "GenuineIntel" in processor or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(input_shape, weight_shape, *args, out_shape=None, **kwargs):
+        """Lets PyTorch's counter see these products like all others."""
+        rows = 1
+        for size in input_shape[:-1]:
+            rows *= size
+        return 2 * rows * weight_shape[0] * weight_shape[1]
 
 
 def linear(hidden_states, weight, bias=None):
@@ -238,3 +252,49 @@ def gated_feed_forward(hidden_states, value, gate, out):
         inner = torch.ops.aten.gelu_(linear(part, *gate)).mul_(linear(part, *value))
         target.copy_(linear(inner, *out))
     return result.view(*hidden_states.shape[:-1], len(out[0]))
+
+
+class GatedFeedForward(FeedForward):
+    """diffusers' GEGLU feed-forward that runs through `gated_feed_forward` where it can."""
+
+    def __init__(self, dim):
+        super().__init__(dim, activation_fn="geglu")
+
+    def forward(self, hidden_states):
+        inner, outer = self.net[0].proj, self.net[2]
+        # Adapters (LoRA) replace linear layers by ones that have to be called; layerwise casting changes weights' dtype.
+        is_plain = all(type(x) in (nn.Linear, Linear) and x.weight.dtype == hidden_states.dtype for x in (inner, outer))
+        if not is_plain or not is_cpu_inference(hidden_states):
+            return super().forward(hidden_states)
+        value, gate = zip(inner.weight.chunk(2), inner.bias.chunk(2))
+        return gated_feed_forward(hidden_states, value, gate, (outer.weight, outer.bias))
+
+
+class TemporalConv3d(nn.Conv3d):
+    """A Conv3d with a kernel of one pixel, run as a 2-d convolution whose rows are frames and whose columns pixels."""
+
+    def forward(self, hidden_states):
+        """(batch, channels, num_frames, height, width) -> the same with channels-last memory."""
+        maps = conv2d(
+            hidden_states.flatten(3), self.weight[..., 0], self.bias, (self.stride[0], 1), (self.padding[0], 0)
+        )
+        return maps.unflatten(3, hidden_states.shape[3:])
+
+
+def use_cpu_layers(module):
+    """Exchanges the classes of plain layers in a network from a library for those of this module. Tensors and names stay
+    what they are."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+        elif (
+            type(layer) is nn.Conv2d
+            and layer.groups == 1
+            and layer.dilation == (1, 1)
+            and layer.padding_mode == "zeros"
+        ):
+            layer.__class__ = FeatureMapConv2d
+        elif type(layer) is nn.Conv3d and layer.kernel_size[1:] == (1, 1) and layer.groups == 1:
+            layer.__class__ = TemporalConv3d
+        elif type(layer) is FeedForward and type(layer.net[0]) is GEGLU and layer.net[0].proj.bias is not None:
+            layer.__class__ = GatedFeedForward

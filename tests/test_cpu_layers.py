@@ -1,8 +1,13 @@
 """The layers that are fast on CPUs give what the plain ones give."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cinetok.modeling import cpu_layers
 from cinetok.modeling.cpu_layers import (
@@ -15,6 +20,7 @@ from cinetok.modeling.cpu_layers import (
     gated_feed_forward,
     linear,
     upsample_conv2d,
+    use_cpu_layers,
 )
 
 
@@ -140,3 +146,41 @@ def test_autocast_takes_the_plain_way():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(200, 24)).dtype == torch.bfloat16
         assert conv(channels_last(1, 24, 8, 8)).dtype == torch.bfloat16
+
+
+def test_products_are_counted():
+    layer, states = Linear(24, 40), torch.randn(200, 24)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(states)
+    assert counter.get_total_flops() == 2 * 200 * 24 * 40
+
+
+def test_layers_of_a_library_exchanged():
+    plain = nn.ModuleDict(
+        {
+            "linear": nn.Linear(16, 16),
+            "conv": nn.Conv2d(16, 16, 3, padding=1),
+            "grouped": nn.Conv2d(16, 16, 3, groups=2),
+            "temporal": nn.Conv3d(16, 16, (3, 1, 1), padding=(1, 0, 0)),
+            "volume": nn.Conv3d(16, 16, 3),
+            "feed_forward": FeedForward(16, activation_fn="geglu"),
+            "gelu": FeedForward(16, activation_fn="gelu"),
+        }
+    )
+    ours = copy.deepcopy(plain)
+    use_cpu_layers(ours)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    changed = {name for name in plain if type(ours[name]) is not type(plain[name])}
+    assert changed == {"linear", "conv", "temporal", "feed_forward"}
+    clip = torch.randn(2, 16, 5, 6, 7).contiguous(memory_format=torch.channels_last_3d)
+    inputs = {
+        "linear": torch.randn(100, 16),
+        "conv": clip[:, :, 0],
+        "temporal": clip,
+        "feed_forward": torch.randn(2, 100, 16),
+    }
+    for name, value in inputs.items():
+        expected = plain[name](value)
+        assert torch.allclose(ours[name](value), expected, atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(ours[name](value), expected, atol=1e-5)

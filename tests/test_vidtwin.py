@@ -210,11 +210,15 @@ def test_position_tables():
     assert temporal[2, width // 2 + 1].item() == pytest.approx(math.cos(2 * 10000 ** (-2 / width)), abs=1e-6)
 
 
-def test_position_tables_are_the_published_ones_to_the_last_bit():
-    positions, rates = np.arange(16), 1.0 / 10000 ** (np.arange(384) / 384.0)
-    angles = np.einsum("m,d->md", positions, rates)
-    expected = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
-    assert (sinusoidal_table(16, 768) - expected).abs().max() <= 2**-52  # libraries' sines differ in the last bit
+@pytest.mark.parametrize("path", _cases(GOLDENS), ids=lambda path: path.name)
+def test_position_tables_are_the_published_ones_to_the_last_bit(path):
+    weights = GoldenCase(path).weights()
+    for side in ("encoder", "decoder"):
+        temporal, spatial = weights[f"{side}.pos_embed_temporal"][0], weights[f"{side}.pos_embed"][0]
+        assert torch.equal(sinusoidal_table(*temporal.shape), temporal.double())
+        width = spatial.shape[1] // 2  # the first row holds the table of the columns
+        columns = int((spatial[:, width:] == spatial[0, width:]).all(1).sum())
+        assert torch.equal(sinusoidal_table(columns, width), spatial[:columns, :width].double())
 
 
 def test_weights_that_are_not_finite(tmp_path, model):

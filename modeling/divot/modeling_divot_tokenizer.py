@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from ..cpu_layers import use_cpu_layers
 from .configuration_divot import DivotTokenizerConfig
 from .resampler_divot import DivotPerceiverResampler
 
@@ -224,6 +225,7 @@ class DivotTokenizerModel(DivotTokenizerPreTrainedModel):
             config.resampler_num_heads,
             config.resampler_head_dim,
         )
+        use_cpu_layers(self)
         self.post_init()
 
     def preprocess_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ Notable:
 """
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-from ..cpu_layers import Linear, add, gated_feed_forward, is_cpu_inference
+from ..cpu_layers import GatedFeedForward, Linear, add
 
 
 class SeerRotaryEmbedding(nn.Module):
@@ -196,22 +196,6 @@ def from_windows(windows, window, shape):
     return windows.permute(0, 3, 1, 4, 2, 5, 6).reshape(*shape, -1)
 
 
-class SeerFeedForward(FeedForward):
-    """diffusers' GEGLU feed-forward, with a faster way on CPUs (see `gated_feed_forward`)."""
-
-    def __init__(self, dim):
-        super().__init__(dim, activation_fn="geglu")
-
-    def forward(self, hidden_states):
-        inner, outer = self.net[0].proj, self.net[2]
-        # Adapters (LoRA) replace linear layers by ones that have to be called; layerwise casting changes weights' dtype.
-        is_plain = all(type(x) is nn.Linear and x.weight.dtype == hidden_states.dtype for x in (inner, outer))
-        if not is_plain or not is_cpu_inference(hidden_states):
-            return super().forward(hidden_states)
-        value, gate = zip(inner.weight.chunk(2), inner.bias.chunk(2))
-        return gated_feed_forward(hidden_states, value, gate, (outer.weight, outer.bias))
-
-
 class SeerTextTransformerBlock(nn.Module):
     """Self attention within each frame, attention to text, feed-forward."""
 
@@ -222,7 +206,7 @@ class SeerTextTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = SeerAttention(dim, heads, dim_head, cross_attention_dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = SeerFeedForward(dim)
+        self.ff = GatedFeedForward(dim)
 
     def forward(self, hidden_states, encoder_hidden_states):
         """`hidden_states`: (batch * num_frames, tokens, dim). `encoder_hidden_states`: (batch * num_frames, text
@@ -250,7 +234,7 @@ class SeerTemporalTransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = attention(dim, heads, dim_head, **attention_kwargs)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = SeerFeedForward(dim)
+        self.ff = GatedFeedForward(dim)
 
     def forward(self, hidden_states, num_cond_frames=0, *attention_inputs):
         """`hidden_states`: (batch, num_frames, ..., dim). The first `num_cond_frames` frames take part in attention but

@@ -11,6 +11,8 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionOutput
 from torch import nn
 
+from ..cpu_layers import use_cpu_layers
+
 
 class MotionTransformerSpatioTemporalModel(TransformerSpatioTemporalModel):
     """Spatio-temporal transformer whose condition is a grid of tokens per frame.
@@ -162,6 +164,7 @@ class VideoLavitUNetSpatioTemporalConditionModel(UNetSpatioTemporalConditionMode
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             if hasattr(block, "attentions"):
                 block.attentions = nn.ModuleList([_with_motion(attention) for attention in block.attentions])
+        use_cpu_layers(self)
 
     def forward(
         self,
