@@ -35,7 +35,7 @@ _PATCH_BYTES = 8 * 2**20
 # (1) output pixels see.
 _FALLING = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 # Weights of a convolution up to this size are handed to the kernels as a whole.
-_WEIGHT_BYTES = 32 * 2**20
+_WEIGHT_BYTES = 16 * 2**20
 # Positions of feature maps that run together through layers that treat them independently.
 _SLAB_TOKENS = 3072
 # Elements of activations that are handled together where they can be split.
@@ -48,7 +48,7 @@ _MIN_ROWS = 64
 # (1) output pixels see.
 _FALLING = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 # Weights of a convolution up to this size are handed to the kernels as a whole.
-_WEIGHT_BYTES = 32 * 2**20
+_WEIGHT_BYTES = 16 * 2**20
 # Positions of feature maps that run together through layers that treat them independently.
 _SLAB_TOKENS = 3072
 # Elements of activations that are handled together where they can be split.
@@ -128,12 +128,13 @@ def conv2d(hidden_states, weight, bias=None, stride=1, padding=0):
     if hidden_states.device.type == "cpu" and pixels <= _MATRIX_PIXELS:
         return _conv2d_as_matrix_products(hidden_states, weight, bias, stride, padding, (height, width))
     hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
-    if weight.numel() * weight.element_size() <= _WEIGHT_BYTES or not is_cpu_inference(hidden_states):
+    # Large weights go in parts, since the kernels make two copies of what they get.
+    channels = max(64, _WEIGHT_BYTES // max(1, weight[0].numel() * weight.element_size()) // 64 * 64)
+    if channels >= len(weight) or not is_cpu_inference(hidden_states):
         return F.conv2d(hidden_states, weight, bias, stride, padding)
-    # Large weights go in two halves, since the kernels make two copies of what they get.
-    biases = (None, None) if bias is None else bias.chunk(2)
-    halves = [F.conv2d(hidden_states, part, b, stride, padding) for part, b in zip(weight.chunk(2), biases)]
-    return torch.cat(halves, dim=1)
+    biases = [None] * len(weight) if bias is None else bias.split(channels)
+    parts = zip(weight.split(channels), biases)
+    return torch.cat([F.conv2d(hidden_states, part, shift, stride, padding) for part, shift in parts], dim=1)
 
 
 def _conv2d_as_matrix_products(hidden_states, weight, bias, stride, padding, size):

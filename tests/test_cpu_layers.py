@@ -50,6 +50,16 @@ def test_convolution(sizes, kernel, stride, padding, bias):
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_large_weights_in_parts(sizes):
+    maps, weight, bias = channels_last(2, 12, 40, 30), torch.randn(150, 12, 3, 3), torch.randn(150)
+    expected = F.conv2d(maps, weight, bias, padding=1)
+    with torch.no_grad():
+        result = conv2d(maps, weight, bias, padding=1)
+        assert torch.allclose(conv2d(maps, weight, padding=1), expected - bias[:, None, None], atol=1e-4)
+    assert torch.allclose(result, expected, atol=1e-4)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_convolution_gradients(sizes):
     conv, maps = FeatureMapConv2d(12, 8, 3, stride=2, padding=1), channels_last(2, 12, 16, 22).requires_grad_()
     expected = F.conv2d(maps, conv.weight, conv.bias, 2, 1)

@@ -47,8 +47,8 @@ def test_batch_equals_single(case):
     pipeline = case.build()
     both, alone = case.result(pipeline(**case.inputs(2))), case.result(pipeline(**case.inputs(1)))
     assert len(both) == 2 and len(alone) == 1
-    # sums in another order, magnified by every sampling step; pixels are in [0, 1], so this is half a grey level
-    assert_same(both[:1], alone, atol=2e-3)
+    # sums in another order, magnified by every sampling step; pixels are in [0, 1], so this is about a grey level
+    assert_same(both[:1], alone, atol=5e-3)
     if isinstance(both, torch.Tensor):
         assert torch.isfinite(both).all()
         assert (both[0] - both[1]).abs().max() > 1e-3, "both samples give the same: the inputs do not matter"
