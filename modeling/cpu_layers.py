@@ -2,7 +2,8 @@
 
 Everything here gives what the plain layers give, to float rounding, and takes ordinary contiguous weights, so a model
 runs from the memory its checkpoint file is mapped to. On other devices, in other dtypes and while gradients are
-recorded the plain operations run. What is different on a CPU:
+recorded the plain operations run (on a GPU `model.to(memory_format=torch.channels_last)` saves a copy of convolution
+weights per call). What is different on a CPU:
 
 - MKL, which stands behind `F.linear`, uses slower kernels on processors that are not Intel's; there oneDNN multiplies.
 - Convolution kernels first rearrange the weights. With few pixels and wide channels that takes longer than the
@@ -44,21 +45,6 @@ _SLAB_ELEMENTS = 2**21
 _FEED_FORWARD_ELEMENTS = 5 * 2**18
 # Below this many rows a linear layer is bound by reading its weights, whoever multiplies.
 _MIN_ROWS = 64
-# After upsampling, which taps of a kernel of three fall on the first and on the second input pixel that even (0) and odd
-# (1) output pixels see.
-_FALLING = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
-# Weights of a convolution up to this size are handed to the kernels as a whole.
-_WEIGHT_BYTES = 16 * 2**20
-# Positions of feature maps that run together through layers that treat them independently.
-_SLAB_TOKENS = 3072
-# Elements of activations that are handled together where they can be split.
-_SLAB_ELEMENTS = 2**21
-# Elements of a feed-forward's wide activations that exist at a time.
-_FEED_FORWARD_ELEMENTS = 5 * 2**18
-# Below this many rows a linear layer is bound by reading its weights, whoever multiplies.
-_MIN_ROWS = 64
-# For even and odd output rows: which taps of a 3x3 kernel fall on the first and on the second input row they see.
-_UPSAMPLING_TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
 def is_cpu_inference(hidden_states):
