@@ -73,7 +73,8 @@ def test_batch_equals_single_with_samples(pipelines, name):
         generator = torch.Generator().manual_seed(50 + index)
         options = {"sample_posterior": True, "generator": generator, "chunk_frames": 4, "output_type": "pt"}
         alone = pipe(cases.video(index), **options).frames
-        torch.testing.assert_close(batch[index : index + 1], alone, atol=1e-5, rtol=0)
+        # sums in another order, which depends on the processor
+        torch.testing.assert_close(batch[index : index + 1], alone, atol=1e-4, rtol=0)
     assert not torch.allclose(batch[0], batch[1], atol=1e-3)
 
 
