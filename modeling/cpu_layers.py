@@ -48,9 +48,10 @@ _MIN_ROWS = 64
 
 
 def is_cpu_inference(hidden_states):
-    """Whether the ways meant for float32 on a CPU without gradients apply."""
-    on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
-    return on_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    """Whether the ways meant for float32 on a CPU without gradients apply. Compilers see the plain operations."""
+    if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32:
+        return False
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
 @cache
