@@ -226,6 +226,12 @@ def add_in_slabs(function, hidden_states, residual, dim, step=1):
     return result
 
 
+def are_plain(layers, dtype):
+    """Whether linear layers can be replaced by their weights: adapters (LoRA) put layers in their place that have to be
+    called, and layerwise casting gives the weights another dtype."""
+    return all(type(layer) in (nn.Linear, Linear) and layer.weight.dtype == dtype for layer in layers)
+
+
 def gated_feed_forward(hidden_states, value, gate, out):
     """GEGLU, `out(value(x) * gelu(gate(x)))`, a few rows at a time: the wide activations in between stay in the caches.
 
@@ -250,9 +256,7 @@ class GatedFeedForward(FeedForward):
 
     def forward(self, hidden_states):
         inner, outer = self.net[0].proj, self.net[2]
-        # Adapters (LoRA) replace linear layers by ones that have to be called; layerwise casting changes weights' dtype.
-        is_plain = all(type(x) in (nn.Linear, Linear) and x.weight.dtype == hidden_states.dtype for x in (inner, outer))
-        if not is_plain or not is_cpu_inference(hidden_states):
+        if not is_cpu_inference(hidden_states) or not are_plain((inner, outer), hidden_states.dtype):
             return super().forward(hidden_states)
         value, gate = zip(inner.weight.chunk(2), inner.bias.chunk(2))
         return gated_feed_forward(hidden_states, value, gate, (outer.weight, outer.bias))

@@ -21,6 +21,7 @@ from ..cpu_layers import (
     activate_and_convolve,
     add,
     add_in_slabs,
+    are_plain,
     gated_feed_forward,
     is_cpu_inference,
 )
@@ -194,9 +195,7 @@ class DivotFeedForward(nn.Module):
 
     def forward(self, hidden_states):
         layers = (self.value, self.gate, self.out)
-        # Adapters (LoRA) replace linear layers by ones that have to be called; layerwise casting changes weights' dtype.
-        is_plain = all(type(x) is nn.Linear and x.weight.dtype == hidden_states.dtype for x in layers)
-        if is_plain and is_cpu_inference(hidden_states):
+        if is_cpu_inference(hidden_states) and are_plain(layers, hidden_states.dtype):
             return gated_feed_forward(hidden_states, *((layer.weight, layer.bias) for layer in layers))
         return self.out(self.value(hidden_states) * F.gelu(self.gate(hidden_states)))
 
